@@ -1,0 +1,71 @@
+# From a fresh clone with Python 3.11 or newer and a C++17 compiler: `make test`, `make demo`.
+#
+#   PYTHON=python3.12   the interpreter that the virtual environment is made from
+#   EXTRAS=demo,dev     what is installed beside irl_ops; see pyproject.toml
+#   ARGS="--steps 20"   passed on to the demo or to pytest
+
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= demo,dev
+ARGS   ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+CPP    := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h bindings/*.cpp bindings/*.h)
+
+# The compiler of the environment, else the first one found; setuptools reads the variable.
+ifeq ($(origin CXX),default)
+CXX := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
+endif
+export CXX
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo bench lint wheel clean FORCE
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -P -m pytest $(ARGS)
+
+demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
+	$(BIN)/python examples/finetune_transformers.py $(ARGS)
+
+bench: $(READY) ## time the losses beside a copy of the logits and other libraries
+	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+wheel: $(READY) ## build dist/*.tar.gz, and dist/*.whl from it
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean:          ## remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info irl_ops/_native*.so irl_ops/kernels
+
+# The install is editable: Python edits are live, and an edit of the C++ sources builds them again.
+# The stamp holds the extras, so that asking for others installs them.
+$(READY): pyproject.toml setup.py constraints.txt $(CPP) \
+          $(if $(filter $(EXTRAS),$(shell cat $(READY) 2>/dev/null)),,FORCE)
+	@$(PYTHON) -c "$$CHECK_MACHINE"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	ln -sfn ../kernels irl_ops/kernels  # mypy and editors do not see through an editable install
+	@echo '$(EXTRAS)' > $@
+
+# Runs on any Python, however old, to say what is missing.
+define CHECK_MACHINE
+import os, sys, sysconfig
+if sys.version_info < (3, 11):
+    sys.exit("irl_ops needs Python 3.11 or newer, and %s is %s. Name another: make PYTHON=python3.12"
+             % (sys.executable, sys.version.split()[0]))
+if not os.environ.get("CXX"):
+    sys.exit("No C++ compiler found (c++, g++ or clang++). Install one, or name it: make CXX=...")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    sys.exit("Python.h of %s is missing: install its development headers (python3-dev on Debian)."
+             % sys.executable)
+endef
+export CHECK_MACHINE
