@@ -18,9 +18,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 # deadline=None: on a shared machine the time of one example says nothing.
 # CI draws the same examples every time, so that a failure there can be repeated anywhere.
-settings.register_profile("default", deadline=None, max_examples=50)
-settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, database=None)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+settings.register_profile("irl_ops", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+settings.load_profile("irl_ops")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,195 @@
+"""``irl-ops doctor``: what this installation consists of, and whether its kernels compute rightly.
+
+Made for bug reports. It imports torch only where torch is installed, and NumPy always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import irl_ops
+
+PACKAGES = ("numpy", "array-api-compat", "torch", "jax", "triton", "transformers")
+TORCH_BACKENDS = ("triton", "native", "reference")
+
+# float32 has a spacing of 1.2e-7; p_j carries the rounding of (q_j - max) - logsum, here up to 40,
+# and that of the exponential: a few 1e-6 of the largest coefficient of a row.
+TOLERANCE = 1e-5
+
+HOW_TO_BUILD = (
+    "irl_ops._native is not built. Install the package (pip install irl-ops), or in a checkout run "
+    "`pip install -e .`; both need a C++17 compiler where there is no wheel for the platform."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 where a check failed."""
+    parser = argparse.ArgumentParser(prog="irl-ops", description=irl_ops.__doc__)
+    parser.add_argument("--version", action="version", version=f"irl-ops {irl_ops.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="describe this installation and check its kernels")
+    doctor.add_argument("--json", action="store_true", help="print JSON, for a bug report")
+    chosen = parser.parse_args(arguments)
+
+    found = report()
+    print(json.dumps(found, indent=2) if chosen.json else as_text(found))
+    return 0 if found["ok"] else 1
+
+
+def report() -> dict[str, Any]:
+    """Everything the doctor found, as plain values; ``report()["ok"]`` is the verdict."""
+    native = native_kernels()
+    return {
+        "irl_ops": irl_ops.__version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("IRL_OPS_")},
+        "native": native,
+        "torch_backends": torch_backends(),
+        "ok": native["ok"],
+    }
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, found without importing it; None if absent."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model, as its operating system calls it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def native_kernels() -> dict[str, Any]:
+    """Which instruction sets the extension serves here, and the error of each in the self-check."""
+    try:
+        from irl_ops import _native
+    except ImportError as error:
+        built = importlib.util.find_spec("irl_ops._native") is not None
+        return {"ok": False, "problem": f"irl_ops._native: {error}" if built else HOW_TO_BUILD}
+    errors = {name: native_error(_native, name) for name in _native.isas()}
+    return {
+        "ok": all(error <= TOLERANCE for error in errors.values()),  # False for NaN as well
+        "isa": _native.isa(),
+        "errors": errors,
+        "tolerance": TOLERANCE,
+    }
+
+
+def native_error(native: ModuleType, isa: str) -> float:
+    """Largest error of ``row_stats_grad`` on a small random problem, against float64 NumPy.
+
+    ``row_max + logsum`` is compared with logsumexp, and ``dlogits`` with
+    ``p_j (alpha + beta logsumexp)`` relative to the row's coefficient.
+    """
+    rows, vocab = 7, 1003  # no multiple of any vector width
+    random = np.random.default_rng(0)
+    logits = (4 * random.standard_normal((rows, vocab))).astype(np.float32)
+    alpha, beta = random.uniform(0.5, 1.5, (2, rows)).astype(np.float32)
+    row_max, logsum = np.full((2, rows), np.nan, np.float32)
+    dlogits = np.full_like(logits, np.nan)
+    native.row_stats_grad(
+        logits.ctypes.data,
+        "float32",
+        [1, rows],
+        [rows * vocab, vocab],
+        vocab,
+        alpha.ctypes.data,
+        beta.ctypes.data,
+        0,
+        row_max.ctypes.data,
+        logsum.ctypes.data,
+        0,
+        dlogits.ctypes.data,
+        [rows * vocab, vocab],
+        1,
+        isa,
+    )
+    exact = logits.astype(np.float64)
+    top = exact.max(axis=1)
+    value = top + np.log(np.exp(exact - top[:, None]).sum(axis=1))
+    scale = alpha + beta * value
+    gradient = np.exp(exact - value[:, None]) * scale[:, None]
+    value_error = np.abs(row_max.astype(np.float64) + logsum - value) / np.abs(value)
+    gradient_error = np.abs(dlogits - gradient) / scale[:, None]
+    return float(np.maximum(value_error.max(), gradient_error.max()))
+
+
+def torch_backends() -> dict[str, str] | None:
+    """For each torch backend, "available" or why it is not; None where torch is not installed."""
+    if version("torch") is None:
+        return None
+    import torch
+
+    import irl_ops.torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.zeros((1, 2), device=device)
+    labels = torch.zeros((1,), dtype=torch.int64, device=device)
+    answers = dict.fromkeys(irl_ops.torch.available_backends(), "available")
+    for name in TORCH_BACKENDS:
+        if name in answers:
+            continue
+        try:  # the refusal of a backend that cannot serve says why
+            irl_ops.torch.mle_loss(logits, labels, backend=name)
+            answers[name] = f"serves {device} tensors, but is not listed as available"
+        except (ImportError, RuntimeError, ValueError) as refusal:
+            answers[name] = str(refusal)
+    return answers
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report as lines to read, aligned."""
+    lines = [
+        ("irl_ops", found["irl_ops"]),
+        ("python", found["python"]),
+        ("platform", found["platform"]),
+        ("cpu", f"{found['cpu']}, {found['cores']} cores"),
+    ]
+    lines += [(name, number or "not installed") for name, number in found["packages"].items()]
+    lines += list(found["environment"].items())
+    lines += [
+        (f"torch backend {name}", answer)
+        for name, answer in (found["torch_backends"] or {}).items()
+    ]
+    native = found["native"]
+    if "problem" in native:
+        lines.append(("native kernels", native["problem"]))
+    else:
+        lines.append(("instruction set", f"{native['isa']} of {', '.join(native['errors'])}"))
+        lines += [
+            (
+                f"self-check {isa}",
+                f"relative error {error:.1e}, tolerance {native['tolerance']:.0e}",
+            )
+            for isa, error in native["errors"].items()
+        ]
+    lines.append(("verdict", "OK" if found["ok"] else "FAILED"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
