@@ -1,0 +1,129 @@
+"""The row kernels in plain array code: the specification, and the backend that runs anywhere.
+
+NumPy, torch or JAX arrays come in and go out. float64 logits are computed in float64, all others in
+float32. Traffic is not the aim here: every step is a pass of its own over ``[..., T, V]``.
+
+A label below 0 means "no label"; one of V or more is bad, its logit is NaN and nothing is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace, device
+
+Array = Any
+
+
+def row_stats(
+    logits: Array, labels: Array, entropy: bool = False
+) -> tuple[Array, Array, Array, Array | None]:
+    """``(row_max, logsum, label_logit, entropy)`` of every row.
+
+    ``logsumexp(q) = row_max + logsum``; entropy = logsum - sum_j p_j (q_j - row_max).
+
+    Args:
+        logits: ``[..., V]``.
+        labels: integers ``[...]``.
+        entropy: whether the entropy is computed; it is None otherwise.
+    """
+    q = _upcast(logits)
+    row_max, logsum = _normaliser(q)
+    return (
+        row_max,
+        logsum,
+        label_logit(logits, labels),
+        _entropy(q, row_max, logsum) if entropy else None,
+    )
+
+
+def row_grad(
+    logits: Array,
+    labels: Array,
+    row_max: Array,
+    logsum: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+) -> Array:
+    """``dlogits_j = p_j (A + B log p_j) + C 1{j = label}``, in the logits' dtype."""
+    xp = array_namespace(logits)
+    q = _upcast(logits)
+    element = _softmax_terms(q, row_max, logsum, a, b) + xp.where(
+        _is_label(logits, labels), c[..., None], 0.0
+    )
+    return xp.astype(element, logits.dtype)
+
+
+def row_stats_grad(
+    logits: Array, alpha: Array, beta: Array, entropy_weight: Array | None = None
+) -> tuple[Array, Array, Array | None, Array]:
+    """``(row_max, logsum, entropy, dlogits)`` in one go.
+
+    ``dlogits_j = p_j (A + B log p_j)`` with A = alpha + beta (row_max + logsum) + B entropy and
+    B = ``entropy_weight``; None stands for 0, and the entropy is None then. A coefficient of 0
+    silences its factor, NaN or not.
+    """
+    xp = array_namespace(logits)
+    q = _upcast(logits)
+    row_max, logsum = _normaliser(q)
+    a, b, entropy = alpha + xp.where(beta != 0, beta * (row_max + logsum), 0.0), 0 * alpha, None
+    if entropy_weight is not None:
+        b, entropy = entropy_weight, _entropy(q, row_max, logsum)
+        a = a + xp.where(b != 0, b * entropy, 0.0)
+    dlogits = xp.astype(_softmax_terms(q, row_max, logsum, a, b), logits.dtype)
+    return row_max, logsum, entropy, dlogits
+
+
+def label_logit(logits: Array, labels: Array) -> Array:
+    """``q[label]``; 0 without a label, NaN for a bad one.
+
+    Selected, not gathered: no address is ever computed from a label.
+    """
+    xp = array_namespace(logits)
+    q = _upcast(logits)
+    picked = xp.sum(xp.where(_is_label(logits, labels), q, 0.0), axis=-1)
+    return xp.where(labels >= logits.shape[-1], xp.nan, picked)
+
+
+def set_label(dlogits: Array, labels: Array, elements: Array) -> Array:
+    """The gradient with the elements at the labels replaced, rounded once."""
+    xp = array_namespace(dlogits)
+    elements = xp.astype(elements, dlogits.dtype)
+    return xp.where(_is_label(dlogits, labels), elements[..., None], dlogits)
+
+
+def _upcast(logits: Array) -> Array:
+    xp = array_namespace(logits)
+    return logits if logits.dtype == xp.float64 else xp.astype(logits, xp.float32)
+
+
+def _is_label(logits: Array, labels: Array) -> Array:
+    xp = array_namespace(logits)
+    column = xp.arange(logits.shape[-1], dtype=labels.dtype, device=device(logits))
+    return column == labels[..., None]
+
+
+def _normaliser(q: Array) -> tuple[Array, Array]:
+    """``row_max`` and ``log sum_j exp(q_j - row_max)``."""
+    xp = array_namespace(q)
+    row_max = xp.max(q, axis=-1)
+    return row_max, xp.log(xp.sum(xp.exp(q - row_max[..., None]), axis=-1))
+
+
+def _entropy(q: Array, row_max: Array, logsum: Array) -> Array:
+    xp = array_namespace(q)
+    centred = q - row_max[..., None]
+    p = xp.exp(centred - logsum[..., None])
+    # q_j = -inf has p_j = 0 and contributes nothing
+    return logsum - xp.sum(p * xp.where(centred == -xp.inf, 0.0, centred), axis=-1)
+
+
+def _softmax_terms(q: Array, row_max: Array, logsum: Array, a: Array, b: Array) -> Array:
+    """``p_j (A + B log p_j)``; 0 where q_j = -inf, and whole rows of 0 where A = B = 0."""
+    xp = array_namespace(q)
+    logp = (q - row_max[..., None]) - logsum[..., None]
+    a, b = a[..., None], b[..., None]
+    finite = xp.where(logp == -xp.inf, 0.0, logp)
+    terms = xp.exp(logp) * (a + xp.where(b != 0, b * finite, 0.0))
+    return xp.where((a == 0) & (b == 0), 0.0, terms)
