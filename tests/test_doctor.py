@@ -1,0 +1,74 @@
+"""``irl-ops doctor`` passes here, and fails where a kernel is wrong or missing."""
+
+import json
+import math
+import sys
+
+import pytest
+
+import irl_ops
+from irl_ops import _native, doctor
+
+
+def test_this_installation_passes(capsys):
+    assert doctor.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1].split() == ["verdict", "OK"]
+    assert irl_ops.__version__ in text
+    for isa in _native.isas():
+        assert f"self-check {isa}" in text
+
+
+def test_json_holds_the_whole_report(capsys):
+    assert doctor.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    assert found["native"]["isa"] == _native.isa()
+    assert tuple(found["native"]["errors"]) == _native.isas()
+    assert found["packages"]["numpy"]
+    assert {"native", "reference"} <= found["torch_backends"].keys()
+
+
+def test_a_kernel_that_writes_nothing_fails(monkeypatch, capsys):
+    monkeypatch.setattr(_native, "row_stats_grad", lambda *arguments: None)
+    assert doctor.main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["verdict", "FAILED"]
+    assert math.isnan(doctor.native_error(_native, _native.isa()))
+
+
+def test_a_kernel_with_a_wrong_coefficient_fails(monkeypatch):
+    right = _native.row_stats_grad
+
+    def swapped(logits, dtype, sizes, strides, vocab, alpha, beta, *rest):
+        right(logits, dtype, sizes, strides, vocab, beta, alpha, *rest)
+
+    monkeypatch.setattr(_native, "row_stats_grad", swapped)
+    found = doctor.report()
+    assert not found["ok"]
+    assert min(found["native"]["errors"].values()) > 0.001
+
+
+def test_a_missing_extension_is_reported_with_the_way_to_build_it(monkeypatch, capsys):
+    monkeypatch.delattr(irl_ops, "_native")
+    monkeypatch.setitem(sys.modules, "irl_ops._native", None)
+    assert doctor.native_kernels() == {"ok": False, "problem": doctor.HOW_TO_BUILD}
+
+
+def test_without_torch_no_backend_is_asked_for(monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda distribution: None)
+    assert doctor.torch_backends() is None
+
+
+def test_a_backend_that_cannot_serve_is_listed_with_its_reason(monkeypatch):
+    monkeypatch.setattr(doctor, "TORCH_BACKENDS", ("no such backend",))
+    answers = doctor.torch_backends()
+    assert answers is not None
+    assert "no such backend" in answers["no such backend"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["cure"]])
+def test_an_unknown_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(arguments)
+    assert stop.value.code == 2
+    assert "doctor" in capsys.readouterr().err

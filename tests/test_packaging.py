@@ -1,0 +1,135 @@
+"""The source distribution and the wheel built from it hold what users need, and nothing else."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import irl_ops
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SOURCES = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache")
+
+
+def sources(folder: str, *endings: str) -> set[str]:
+    """Paths in the checkout; irl_ops/kernels may be a link to kernels/ and is left out."""
+    paths = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
+    return {p for p in paths if p.endswith(endings) and not p.startswith("irl_ops/kernels/")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel built from it, of a copy of the sources.
+
+    A copy, so that nothing is written into the checkout; without isolation, so that nothing is
+    downloaded.
+    """
+    work = tmp_path_factory.mktemp("packaging")
+    shutil.copytree(
+        ROOT, work / "source", symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCES)
+    )
+    command = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", work / "dist"]
+    done = subprocess.run([*command, work / "source"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return work / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    (path,) = built.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def sdist(built: Path) -> set[str]:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_wheel_holds_every_module_and_the_extension(wheel):
+    names = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    extension = {n for n in names if re.fullmatch(r"irl_ops/_native\.[^/]+\.(so|pyd)", n)}
+    assert len(extension) == 1
+    modules = sources("irl_ops", ".py", ".pyi", "py.typed")
+    modules |= {f"irl_ops/{name}" for name in sources("kernels", ".py")}
+    assert {"irl_ops/_native.pyi", "irl_ops/py.typed", "irl_ops/kernels/__init__.py"} <= modules
+    assert names - extension == modules
+
+
+def test_wheel_metadata(wheel):
+    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    assert metadata["Name"] == "irl-ops"
+    assert metadata["Version"] == irl_ops.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    always = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert {re.split(r"[<>=]", line)[0] for line in always} == {"numpy", "array-api-compat"}
+
+
+def test_wheel_carries_the_licence_and_the_command(wheel):
+    (licence,) = (n for n in wheel.namelist() if n.endswith(".dist-info/licenses/LICENSE"))
+    assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
+    (commands,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    assert "irl-ops = irl_ops.doctor:main" in wheel.read(commands).decode()
+
+
+@pytest.mark.parametrize(
+    ("folder", "endings"),
+    [
+        ("irl_ops", (".py", ".pyi", "py.typed")),
+        ("kernels", (".py", ".cpp", ".h")),
+        ("bindings", (".cpp", ".h")),
+        ("tests", (".py",)),
+        ("benchmarks", (".py",)),
+        ("examples", (".py",)),
+        ("docs", (".md",)),
+        (
+            ".",
+            ("LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"),
+        ),
+    ],
+)
+def test_source_distribution_can_build_and_test(sdist, folder, endings):
+    wanted = sources(folder, *endings) if folder != "." else set(endings)
+    assert wanted
+    assert wanted <= sdist
+
+
+def test_source_distribution_holds_nothing_that_was_built(sdist):
+    assert not {name for name in sdist if name.endswith((".so", ".pyd", ".pyc", ".o"))}
+    assert not {name for name in sdist if name.startswith("irl_ops/kernels")}
+
+
+def test_every_requirement_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    names = {re.split(r"[\[<>=;]", line)[0].strip() for line in wanted} - {"irl-ops"}
+    assert names <= pins().keys()
+
+
+def test_constraints_are_exact_and_name_no_index():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pin = re.compile(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+")
+    assert not [line for line in lines if not line.startswith("#") and not pin.fullmatch(line)]
+
+
+def test_pre_commit_runs_the_pinned_tools():
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    revisions = dict(re.findall(r"repo: \S+/(\S+)\n\s+rev: v(\S+)", text))
+    assert revisions["ruff-pre-commit"] == pins()["ruff"]
+    assert revisions["mirrors-clang-format"] == pins()["clang-format"]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
