@@ -23,8 +23,6 @@ import numpy as np
 import irl_ops
 
 PACKAGES = ("numpy", "array-api-compat", "torch", "jax", "triton", "transformers")
-TORCH_BACKENDS = ("triton", "native", "reference")
-
 # float32 has a spacing of 1.2e-7; p_j carries the rounding of (q_j - max) - logsum, here up to 40,
 # and that of the exponential: a few 1e-6 of the largest coefficient of a row.
 TOLERANCE = 1e-5
@@ -141,27 +139,20 @@ def native_error(native: ModuleType, isa: str) -> float:
     return float(np.maximum(value_error.max(), gradient_error.max()))
 
 
-def torch_backends() -> dict[str, str] | None:
-    """For each torch backend, "available" or why it is not; None where torch is not installed."""
+def torch_backends() -> dict[str, dict[str, str]] | None:
+    """For each backend and device, "available" or why it is not; None where torch is absent."""
     if version("torch") is None:
         return None
     import torch
 
-    import irl_ops.torch
+    from irl_ops.torch.backends import BACKENDS
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.zeros((1, 2), device=device)
-    labels = torch.zeros((1,), dtype=torch.int64, device=device)
-    answers = dict.fromkeys(irl_ops.torch.available_backends(), "available")
-    for name in TORCH_BACKENDS:
-        if name in answers:
-            continue
-        try:  # the refusal of a backend that cannot serve says why
-            irl_ops.torch.mle_loss(logits, labels, backend=name)
-            answers[name] = f"serves {device} tensors, but is not listed as available"
-        except (ImportError, RuntimeError, ValueError) as refusal:
-            answers[name] = str(refusal)
-    return answers
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [torch.device("cpu"), *([accelerator] if accelerator else [])]
+    return {
+        name: {d.type: backend.unavailable(d) or "available" for d in devices}
+        for name, backend in BACKENDS.items()
+    }
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -175,8 +166,9 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [(name, number or "not installed") for name, number in found["packages"].items()]
     lines += list(found["environment"].items())
     lines += [
-        (f"torch backend {name}", answer)
-        for name, answer in (found["torch_backends"] or {}).items()
+        (f"torch backend {name}", f"{device}: {answer}")
+        for name, answers in (found["torch_backends"] or {}).items()
+        for device, answer in answers.items()
     ]
     native = found["native"]
     if "problem" in native:

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
 
-import irl_ops
+import irl_ops.torch.native
 from irl_ops import _native, doctor
 
 
@@ -26,7 +27,8 @@ def test_json_holds_the_whole_report(capsys):
     assert found["native"]["isa"] == _native.isa()
     assert tuple(found["native"]["errors"]) == _native.isas()
     assert found["packages"]["numpy"]
-    assert {"native", "reference"} <= found["torch_backends"].keys()
+    assert found["torch_backends"]["reference"]["cpu"] == "available"
+    assert found["torch_backends"]["native"]["cpu"] == "available"
 
 
 def test_a_kernel_that_writes_nothing_fails(monkeypatch, capsys):
@@ -59,11 +61,11 @@ def test_without_torch_no_backend_is_asked_for(monkeypatch):
     assert doctor.torch_backends() is None
 
 
-def test_a_backend_that_cannot_serve_is_listed_with_its_reason(monkeypatch):
-    monkeypatch.setattr(doctor, "TORCH_BACKENDS", ("no such backend",))
-    answers = doctor.torch_backends()
-    assert answers is not None
-    assert "no such backend" in answers["no such backend"]
+def test_a_backend_that_cannot_serve_is_listed_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(irl_ops.torch.native, "unavailable", lambda device: "it is on holiday")
+    assert doctor.torch_backends()["native"]["cpu"] == "it is on holiday"
+    assert doctor.main(["doctor"]) == 0
+    assert re.search("torch backend native +cpu: it is on holiday", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("arguments", [[], ["cure"]])
