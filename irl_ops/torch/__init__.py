@@ -1,0 +1,21 @@
+"""The losses for PyTorch. ``import irl_ops.torch as irl``, then ``irl.iqlearn_loss(...)``."""
+
+from irl_ops.torch.backends import available_backends
+from irl_ops.torch.losses import (
+    TokenStats,
+    iqlearn_loss,
+    mle_loss,
+    online_iqlearn_loss,
+    token_stats,
+)
+from irl_ops.torch.modules import IQLearnLoss
+
+__all__ = [
+    "IQLearnLoss",
+    "TokenStats",
+    "available_backends",
+    "iqlearn_loss",
+    "mle_loss",
+    "online_iqlearn_loss",
+    "token_stats",
+]

@@ -1,0 +1,52 @@
+"""Which row kernels serve a call.
+
+A backend is a module with ``row_stats``, ``row_grad``, ``row_stats_grad`` and ``scale_`` on torch
+tensors, and ``unavailable(device)``: why it cannot serve that device, or None.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from irl_ops.torch import native, plain
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": plain}  # fastest first
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that work on this machine, fastest first.
+
+    Any of them can be given as ``backend=`` to the functions of this package.
+    """
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        devices.append(torch.device(torch.accelerator.current_accelerator()))
+    return tuple(
+        name
+        for name, backend in BACKENDS.items()
+        if any(backend.unavailable(device) is None for device in devices)
+    )
+
+
+def choose(name: str, device: torch.device) -> str:
+    """The backend for tensors on ``device``; "auto" is the fastest that serves it.
+
+    The environment variable IRL_OPS_BACKEND, where set, replaces "auto".
+
+    Raises:
+        ValueError: the backend is unknown, or cannot serve the device; says why.
+    """
+    if name == "auto":
+        name = os.environ.get("IRL_OPS_BACKEND", "auto")
+    if name == "auto":
+        return next(n for n, b in BACKENDS.items() if b.unavailable(device) is None)
+    if name not in BACKENDS:
+        accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
+        raise ValueError(f"backend is {name!r}; accepted: {accepted}")
+    reason = BACKENDS[name].unavailable(device)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot serve logits on {device.type}: {reason}")
+    return name

@@ -1,0 +1,514 @@
+"""The public functions: arguments are checked, turned into rows and weights, and handed on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from irl_ops import algebra
+from irl_ops.torch import arguments, ops
+from irl_ops.torch.backends import choose
+from irl_ops.torch.single_pass import SinglePass
+
+Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
+Boundary = Literal["terminal", "bootstrap", "drop"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+class TokenStats(NamedTuple):
+    """Statistics of every row; float32 tensors of the labels' shape, differentiable.
+
+    Attributes:
+        value: V_t = logsumexp(q_t), or the given ``values``. For every row.
+        logprob: log pi_t, at most 0; 0 in IGNORED rows.
+        entropy: H_t, within [0, log V]. For every row; None with ``entropy=False``.
+        reward: delta_t = q_t[a_t] - gamma V'_t; 0 in NO_TD and IGNORED rows.
+        next_value: V'_t; 0 unless the row bootstraps.
+        kind: int8, one of IGNORED, TERMINAL, BOOTSTRAP, NO_TD of ``irl_ops.algebra``.
+    """
+
+    value: Tensor
+    logprob: Tensor
+    entropy: Tensor | None
+    reward: Tensor
+    next_value: Tensor
+    kind: Tensor
+
+
+def iqlearn_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    lam: float | Tensor = 0.1,
+    gamma: float | Tensor = 1.0,
+    entropy_coef: float | Tensor = 0.0,
+    ignore_index: int = -100,
+    where: Tensor | None = None,
+    shift: bool = False,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    detach_next: bool = False,
+    next_values: Tensor | None = None,
+    values: Tensor | None = None,
+    return_metrics: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    r"""Offline IQLearn: maximum likelihood with a temporal-difference penalty (Eq. 14).
+
+    The logits are read as Q-values, V_t = logsumexp(q_t), and
+
+    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t
+              + \lambda\,(q_t[a_t] - \gamma V'_t)^2\right]
+
+    with V' = V_{t+1} where row t bootstraps from the next row and 0 after a terminal token.
+    ``lam=0`` is MLE. The gradient is computed in the forward pass: one read and one write of the
+    logits.
+
+    Args:
+        logits: float32, bfloat16 or float16 ``[..., T, V]``, any strides (a last axis that is not
+            contiguous is copied). The gradient has the same dtype; all arithmetic is float32.
+        labels: int32 or int64 ``[..., T]``; logits[t] scores labels[t].
+        lam: weight of the TD term, 0 or more; a number or a 0-d tensor, which can be annealed
+            without recompiling.
+        gamma: discount in [0, 1]; a number or a 0-d tensor.
+        entropy_coef: weight kappa of the entropy bonus; a number or a 0-d tensor.
+        ignore_index: label of rows that carry none.
+        where: bool ``[..., T]``; False says as well that the row carries no label. Applied after
+            the shift.
+        shift: Hugging Face's convention, logits[t] scores labels[t + 1], without slicing; the last
+            row of each segment then carries no label.
+        segment_ids: integers ``[..., T]``, packed sequences: a row's next row has the same id.
+        position_ids: integers ``[..., T]``, packed sequences: a segment starts wherever the
+            position does not increase by one.
+        cu_seqlens: integers ``[S + 1]``, packed sequences, with logits ``[N, V]``.
+        eos_token_id: token or tokens that end an episode: their rows have V' = 0, and all others
+            bootstrap where a next row exists.
+        boundary: what a labelled row without a labelled next row does when nothing else decides:
+            "terminal" (V' = 0), "bootstrap" from the next row if one exists, or "drop" its TD term.
+        truncated: bool ``[...]`` or ``[..., T]``: the sequence was cut off there, not ended.
+        token_weights: float ``[..., T]``, w_t; 1 by default.
+        num_items: N for reduction "mean", e.g. the number of labels in all accumulated batches; a
+            number or a 0-d tensor. By default the sum of w over the labelled rows.
+        reduction: "mean", "sum" (N = 1) or "none": the loss of every row, ``[..., T]``.
+        detach_next: no gradient flows through V'.
+        next_values: float ``[..., T]``, replaces V_{t+1} in rows that bootstrap (target network).
+        values: float ``[..., T]``, a separate value head v (A.1.1): Q_t = v_t + log pi_t, V = v.
+        return_metrics: also return a dict of 0-d float32 tensors without gradient: "nll", "value"
+            and, where ``entropy_coef`` is not 0, "entropy" (means over labelled rows), "td" =
+            delta^2 and "reward" = delta (means over rows with a TD term), "tokens" (their count).
+        inplace: the gradient takes the logits' storage; they must not be used again.
+        backend: a name of ``available_backends()``; "auto" is the fastest that serves the device.
+
+    Returns:
+        The loss, a 0-d float32 tensor (``[..., T]`` for reduction "none"), or
+        ``(loss, metrics)``. N = 0 gives 0, with gradients of 0.
+
+    Raises:
+        TypeError: a wrong dtype or type.
+        ValueError: a shape, device or option value that is not accepted.
+        IndexError: on a CPU, a label outside [0, V) other than ``ignore_index``; elsewhere the
+            loss is NaN then.
+        RuntimeError: second derivatives, forward-mode derivatives, or a second backward pass
+            through the same loss.
+
+    Example:
+        >>> logits = torch.randn(2, 8, 100, requires_grad=True)
+        >>> labels = torch.randint(100, (2, 8))
+        >>> iqlearn_loss(logits, labels, lam=0.1).backward()
+    """
+    arguments.check_scalar("lam", lam, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    return _loss(
+        partial(algebra.iqlearn_objective, lam=lam, gamma=gamma),
+        logits,
+        labels,
+        sequence=dict(
+            ignore_index=ignore_index,
+            where=where,
+            shift=shift,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=eos_token_id,
+            boundary=boundary,
+            truncated=truncated,
+        ),
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        num_items=num_items,
+        reduction=reduction,
+        detach_next=detach_next,
+        next_values=next_values,
+        values=values,
+        return_metrics=return_metrics,
+        inplace=inplace,
+        backend=backend,
+    )
+
+
+def mle_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    entropy_coef: float | Tensor = 0.0,
+    ignore_index: int = -100,
+    where: Tensor | None = None,
+    shift: bool = False,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    r"""Maximum likelihood, with ``entropy_coef`` > 0 entropy-regularised (Eq. 18).
+
+    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t\right]
+
+    Arguments, result and errors are those of ``iqlearn_loss``, less the ones of the TD term. The
+    markers of packed sequences matter with ``shift=True``: a label never crosses a segment.
+
+    Example:
+        >>> logits = torch.randn(2, 8, 100, requires_grad=True)
+        >>> labels = torch.randint(100, (2, 8))
+        >>> mle_loss(logits, labels, entropy_coef=0.01).backward()
+    """
+    return _loss(
+        algebra.mle_objective,
+        logits,
+        labels,
+        sequence=dict(
+            ignore_index=ignore_index,
+            where=where,
+            shift=shift,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=None,
+            boundary="terminal",
+            truncated=None,
+        ),
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        num_items=num_items,
+        reduction=reduction,
+        return_metrics=return_metrics,
+        inplace=inplace,
+        backend=backend,
+    )
+
+
+def online_iqlearn_loss(
+    logits: Tensor,
+    labels: Tensor,
+    is_expert: Tensor,
+    *,
+    alpha: float | Tensor = 0.1,
+    lam: float | Tensor = 0.1,
+    gamma: float | Tensor = 1.0,
+    entropy_coef: float | Tensor = 0.0,
+    ignore_index: int = -100,
+    where: Tensor | None = None,
+    shift: bool = False,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: tuple[float | Tensor, float | Tensor] | None = None,
+    reduction: Reduction = "mean",
+    detach_next: bool = False,
+    next_values: Tensor | None = None,
+    values: Tensor | None = None,
+    return_metrics: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    r"""Online IQLearn: expert and agent samples in one batch (Eqs. 15-17).
+
+    .. math:: L = \frac{1}{N_E} \sum_{t \in E} w_t \left[-\log \pi_t - \kappa H_t
+              + \tfrac{\lambda}{1-\alpha}\,\delta_t^2\right]
+              + \frac{1}{N_B} \sum_{t \in B} w_t \tfrac{\lambda\alpha}{(1-\alpha)^2}\,\delta_t^2
+
+    Agent rows are regularised, never imitated. The other arguments, the result and the errors are
+    those of ``iqlearn_loss``.
+
+    Args:
+        logits: ``[..., T, V]``.
+        labels: ``[..., T]``.
+        is_expert: bool ``[...]`` (one a sequence) or ``[..., T]``.
+        alpha: strength of the mix-in in [0, 1); a number or a 0-d tensor.
+        lam: weight of the TD term.
+        gamma: discount.
+        entropy_coef: weight of the entropy bonus, on expert rows.
+        ignore_index: see ``iqlearn_loss``, as for all that follow.
+        where: bool ``[..., T]``.
+        shift: logits[t] scores labels[t + 1].
+        segment_ids: ``[..., T]``.
+        position_ids: ``[..., T]``.
+        cu_seqlens: ``[S + 1]``.
+        eos_token_id: tokens that end an episode.
+        boundary: "terminal", "bootstrap" or "drop".
+        truncated: bool ``[...]`` or ``[..., T]``.
+        token_weights: ``[..., T]``.
+        num_items: the pair (N_E, N_B). An empty group contributes 0.
+        reduction: "mean", "sum" or "none".
+        detach_next: no gradient flows through V'.
+        next_values: ``[..., T]``.
+        values: ``[..., T]``.
+        return_metrics: also return the metrics, means over expert and agent rows together.
+        inplace: the gradient takes the logits' storage.
+        backend: a name of ``available_backends()``, or "auto".
+
+    Example:
+        >>> logits = torch.randn(2, 8, 100, requires_grad=True)
+        >>> labels = torch.randint(100, (2, 8))
+        >>> online_iqlearn_loss(logits, labels, torch.tensor([True, False])).backward()
+    """
+    arguments.check_scalar("alpha", alpha, 0.0, 1.0, open_end=True)
+    arguments.check_scalar("lam", lam, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    if num_items is not None and not (isinstance(num_items, tuple | list) and len(num_items) == 2):
+        raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
+    arguments.check_logits(logits, labels)
+    arguments.check_flags("is_expert", is_expert, labels)
+    terms = dict(is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma)
+    return _loss(
+        partial(algebra.online_iqlearn_objective, **terms),
+        logits,
+        labels,
+        sequence=dict(
+            ignore_index=ignore_index,
+            where=where,
+            shift=shift,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=eos_token_id,
+            boundary=boundary,
+            truncated=truncated,
+        ),
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        num_items=None if num_items is None else tuple(num_items),
+        reduction=reduction,
+        detach_next=detach_next,
+        next_values=next_values,
+        values=values,
+        return_metrics=return_metrics,
+        inplace=inplace,
+        backend=backend,
+    )
+
+
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    where: Tensor | None = None,
+    shift: bool = False,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Tensor | None = None,
+    detach_next: bool = False,
+    next_values: Tensor | None = None,
+    values: Tensor | None = None,
+    entropy: bool = True,
+    backend: str = "auto",
+) -> TokenStats:
+    r"""Value, log-likelihood, entropy and extracted reward of every row (Sec. 3.4).
+
+    .. math:: r_t = q_t[a_t] - \gamma V'_t
+
+    One read of the logits; one more and one write where a gradient is asked for, whatever is
+    computed from the outputs. At gamma = 1 the rewards of an episode that ends in a terminal row
+    sum to log pi(episode) + V(first row): they rank the answers to one prompt as likelihood does.
+
+    Args:
+        logits: ``[..., T, V]``; see ``iqlearn_loss`` for this and all that follow.
+        labels: ``[..., T]``.
+        gamma: discount in [0, 1]; a number or a 0-d tensor.
+        ignore_index: label of rows that carry none.
+        where: bool ``[..., T]``.
+        shift: logits[t] scores labels[t + 1].
+        segment_ids: ``[..., T]``.
+        position_ids: ``[..., T]``.
+        cu_seqlens: ``[S + 1]``.
+        eos_token_id: tokens that end an episode.
+        boundary: "terminal", "bootstrap" or "drop".
+        truncated: bool ``[...]`` or ``[..., T]``.
+        detach_next: no gradient flows through V'.
+        next_values: ``[..., T]``.
+        values: ``[..., T]``.
+        entropy: whether the entropy is computed.
+        backend: a name of ``available_backends()``, or "auto".
+
+    Returns:
+        TokenStats: float32 tensors of the labels' shape; ``kind`` int8.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as ``iqlearn_loss``.
+
+    Example:
+        >>> stats = token_stats(torch.randn(2, 8, 100), torch.randint(100, (2, 8)), gamma=0.99)
+        >>> stats.reward.shape
+        torch.Size([2, 8])
+    """
+    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    sequence = dict(
+        ignore_index=ignore_index,
+        where=where,
+        shift=shift,
+        segment_ids=segment_ids,
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens,
+        eos_token_id=eos_token_id,
+        boundary=boundary,
+        truncated=truncated,
+    )
+    logits, rows, backend = _prepare(logits, labels, sequence, backend)
+    arguments.check_values(labels, next_values=next_values, values=values)
+    stats = _statistics(logits, rows, entropy, backend)
+    step = _transition(rows, stats, gamma, detach_next, next_values, values)
+    return TokenStats(
+        step.value, stats.logprob, stats.entropy, step.reward, step.next_value, rows.kind
+    )
+
+
+def _loss(
+    objective: Any,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    sequence: dict[str, Any],
+    entropy_coef: float | Tensor,
+    token_weights: Tensor | None,
+    num_items: Any,
+    reduction: Reduction,
+    return_metrics: bool,
+    inplace: bool,
+    backend: str,
+    detach_next: bool = False,
+    next_values: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Loss:
+    """Any loss, by its objective: in a single pass where a scalar loss needs a gradient."""
+    arguments.check_scalar("entropy_coef", entropy_coef, -math.inf, math.inf)
+    given = logits
+    logits, rows, backend = _prepare(logits, labels, sequence, backend)
+    arguments.check_weights(
+        labels, token_weights=token_weights, num_items=num_items, reduction=reduction
+    )
+    arguments.check_values(labels, next_values=next_values, values=values)
+    loss = objective(
+        xp,
+        rows.kind,
+        torch.ones_like(labels, dtype=torch.float32)
+        if token_weights is None
+        else token_weights.float(),
+        reduction=reduction,
+        num_items=num_items,
+        entropy_coef=entropy_coef,
+    )
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        if reduction == "none":
+            raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
+        if differentiable:
+            arguments.check_inplace(given)
+    # A float16 gradient waits for the backward pass, so that the factor of a GradScaler reaches it
+    # before it is rounded: 1/N alone underflows.
+    at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
+    if differentiable and at_once:
+        total, value, logprob, entropy, *transition = SinglePass.apply(
+            logits,
+            None if values is None else values.float(),
+            None if next_values is None else next_values.float(),
+            *rows,
+            loss.mle,
+            loss.td,
+            loss.gamma,
+            entropy_coef,
+            detach_next,
+            inplace,
+            backend,
+        )
+        stats = algebra.Statistics(value, None, logprob, entropy)
+        step = algebra.Transition(*transition)
+    else:
+        stats = _statistics(logits, rows, loss.entropy, backend)
+        step = _transition(rows, stats, loss.gamma, detach_next, next_values, values)
+        total = algebra.row_losses(xp, loss, stats, step.reward)
+        total = total if reduction == "none" else total.sum()
+    if not return_metrics:
+        return total
+    with torch.no_grad():
+        return total, algebra.metrics(xp, rows.kind, loss, stats, step)
+
+
+def _prepare(
+    logits: Tensor, labels: Tensor, sequence: dict[str, Any], backend: str
+) -> tuple[Tensor, algebra.Rows, str]:
+    """Checked logits with a contiguous last axis, their rows, and the backend's name."""
+    arguments.check_logits(logits, labels)
+    arguments.check_sequence(labels, **sequence)
+    backend = choose(backend, logits.device)
+    rows = algebra.rows_of(xp, labels.long(), logits.shape[-1], **sequence)
+    if logits.device.type == "cpu":
+        checked = ops.check_labels(
+            rows.labels, labels, logits.shape[-1], sequence["ignore_index"], sequence["shift"]
+        )
+        rows = rows._replace(labels=checked)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    return logits, rows, backend
+
+
+def _statistics(
+    logits: Tensor, rows: algebra.Rows, entropy: bool, backend: str
+) -> algebra.Statistics:
+    *stats, h = ops.row_stats(logits, rows.labels, entropy, backend)
+    return algebra.statistics(xp, rows.labels, *stats, h if entropy else None)
+
+
+def _transition(
+    rows: algebra.Rows,
+    stats: algebra.Statistics,
+    gamma: float | Tensor,
+    detach_next: bool,
+    next_values: Tensor | None,
+    values: Tensor | None,
+) -> algebra.Transition:
+    return algebra.transition(
+        xp,
+        rows.kind,
+        stats,
+        gamma,
+        next_values=None if next_values is None else next_values.float(),
+        values=None if values is None else values.float(),
+        stop_gradient=Tensor.detach if detach_next else None,
+    )

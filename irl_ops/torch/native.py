@@ -1,0 +1,104 @@
+"""The C++ row kernels on torch tensors: addresses, sizes and strides, and no copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from irl_ops import _native
+except ImportError as error:  # a source tree that was not built; unavailable() says so
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot serve ``device``, or None."""
+    if _import_error is not None:
+        return f"the extension irl_ops._native does not load ({_import_error}); run pip install ."
+    return None if device.type == "cpu" else "the C++ kernels run on the CPU"
+
+
+def row_stats(
+    logits: Tensor, labels: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
+    row_max, logsum, label_logit = (_row_vector(logits) for _ in range(3))
+    h = _row_vector(logits) if entropy else None
+    _native.row_stats(
+        *_rows(logits),
+        _address(labels.contiguous()),
+        _address(row_max),
+        _address(logsum),
+        _address(label_logit),
+        _address(h),
+        torch.get_num_threads(),
+    )
+    return row_max, logsum, label_logit, h
+
+
+def row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    dlogits: Tensor,
+) -> None:
+    """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
+    vectors = [x.contiguous() for x in (labels, row_max, logsum, a, b, c)]
+    _native.row_grad(
+        *_rows(logits),
+        *map(_address, vectors),
+        _address(dlogits),
+        dlogits.stride()[:-1],
+        torch.get_num_threads(),
+    )
+
+
+def row_stats_grad(
+    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, dlogits: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(row_max, logsum, entropy)``; writes the gradient into ``dlogits``, which may be logits."""
+    row_max, logsum = _row_vector(logits), _row_vector(logits)
+    entropy = None if entropy_weight is None else _row_vector(logits)
+    vectors = [None if x is None else x.contiguous() for x in (alpha, beta, entropy_weight)]
+    _native.row_stats_grad(
+        *_rows(logits),
+        *map(_address, vectors),
+        _address(row_max),
+        _address(logsum),
+        _address(entropy),
+        _address(dlogits),
+        dlogits.stride()[:-1],
+        torch.get_num_threads(),
+    )
+    return row_max, logsum, entropy
+
+
+def scale_(dlogits: Tensor, factor: Tensor) -> None:
+    """``dlogits *= factor``; returns at once where the 0-d factor is 1."""
+    _native.scale(*_rows(dlogits), factor.item(), torch.get_num_threads())
+
+
+def _rows(logits: Tensor) -> tuple[int, str, torch.Size, tuple[int, ...], int]:
+    return (
+        logits.data_ptr(),
+        _DTYPES[logits.dtype],
+        logits.shape[:-1],
+        logits.stride()[:-1],
+        logits.shape[-1],
+    )
+
+
+def _row_vector(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,188 @@
+"""The row kernels as torch.library custom operators.
+
+They are opaque to torch.compile, which traces the algebra around them. ``backend`` is a name of
+``irl_ops.torch.backends``; gradients are allocated here, so that every backend gets its output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from irl_ops.torch.backends import BACKENDS
+
+
+@torch.library.custom_op("irl_ops::row_stats", mutates_args=())
+def row_stats(
+    logits: Tensor, labels: Tensor, entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(row_max, logsum, label_logit, entropy)``, float32; entropy is empty unless asked for."""
+    *stats, h = BACKENDS[backend].row_stats(logits, labels, entropy)
+    return *stats, _or_empty(logits, h)
+
+
+@row_stats.register_fake
+def _(
+    logits: Tensor, labels: Tensor, entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *(_row_vector(logits) for _ in range(3)), _or_empty(logits, None, entropy)
+
+
+@torch.library.custom_op("irl_ops::row_grad", mutates_args=())
+def row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    backend: str,
+) -> Tensor:
+    """``p_j (A + B log p_j) + C 1{j = label}`` in the logits' dtype."""
+    dlogits = torch.empty_like(logits)
+    BACKENDS[backend].row_grad(logits, labels, row_max, logsum, a, b, c, dlogits)
+    return dlogits
+
+
+@row_grad.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("irl_ops::row_stats_grad", mutates_args=())
+def row_stats_grad(
+    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(row_max, logsum, entropy, dlogits)`` in one read and one write of ``[..., T, V]``."""
+    dlogits = torch.empty_like(logits)
+    *stats, h = BACKENDS[backend].row_stats_grad(logits, alpha, beta, entropy_weight, dlogits)
+    return *stats, _or_empty(logits, h), dlogits
+
+
+@row_stats_grad.register_fake
+def _(
+    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = _or_empty(logits, None, entropy_weight is not None)
+    return _row_vector(logits), _row_vector(logits), h, torch.empty_like(logits)
+
+
+@torch.library.custom_op("irl_ops::row_stats_grad_", mutates_args={"logits"})
+def row_stats_grad_(
+    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(row_max, logsum, entropy)``; the gradient takes the place of the logits."""
+    *stats, h = BACKENDS[backend].row_stats_grad(logits, alpha, beta, entropy_weight, logits)
+    return *stats, _or_empty(logits, h)
+
+
+@row_stats_grad_.register_fake
+def _(
+    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = _or_empty(logits, None, entropy_weight is not None)
+    return _row_vector(logits), _row_vector(logits), h
+
+
+@torch.library.custom_op("irl_ops::set_label_", mutates_args={"dlogits"})
+def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+    """Writes one element a row, rounded once; rows without a good label keep what they have."""
+    good = (labels >= 0) & (labels < dlogits.shape[-1])
+    index = torch.where(good, labels, 0)[..., None]
+    kept = dlogits.gather(-1, index)
+    elements = elements[..., None].to(dlogits.dtype)
+    dlogits.scatter_(-1, index, torch.where(good[..., None], elements, kept))
+
+
+@torch.library.custom_op("irl_ops::scale_once_", mutates_args={"dlogits", "spent"})
+def scale_once_(dlogits: Tensor, spent: Tensor, factor: Tensor, backend: str) -> None:
+    """``dlogits *= factor``, a single time: ``spent`` [1] counts.
+
+    The gradient is handed over rather than copied, so a second backward pass would find what the
+    first one left. It raises on a CPU; elsewhere, where looking would cost a synchronisation, the
+    gradient becomes NaN.
+    """
+    if dlogits.device.type != "cpu":
+        factor = torch.where(spent[0] == 0, factor, torch.nan)
+    elif spent.item() != 0:
+        raise RuntimeError(
+            "irl_ops: backward ran a second time through the same loss. Its gradient was handed "
+            "over by the first pass; call the loss again, or use reduction='none' and sum it."
+        )
+    spent.fill_(1)
+    BACKENDS[backend].scale_(dlogits, factor)
+
+
+@torch.library.custom_op("irl_ops::check_labels", mutates_args=())
+def check_labels(
+    labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool
+) -> Tensor:
+    """``labels`` again, or an IndexError that names the label in ``given`` and its position."""
+    bad = labels >= vocab
+    if bad.any():
+        *lead, row = bad.nonzero()[0].tolist()
+        position = (*lead, row + shift)
+        raise IndexError(
+            f"labels[{', '.join(map(str, position))}] is {given[position].item()}; accepted: "
+            f"0 to {vocab - 1} (the logits have {vocab} columns) and ignore_index={ignore_index}"
+        )
+    return labels.clone()
+
+
+@check_labels.register_fake
+def _(labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool) -> Tensor:
+    return torch.empty_like(labels)
+
+
+def _save_row_stats(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, labels, ctx.with_entropy, ctx.backend = inputs
+    row_max, logsum, _, entropy = output
+    ctx.save_for_backward(logits, labels, row_max, logsum, entropy)
+
+
+def _row_stats_backward(ctx, _, dlogsum, dlabel_logit, dentropy):  # type: ignore[no-untyped-def]
+    """p_j (A + B log p_j) + C 1{j = label} with A = dlogsum - H dentropy, B = -dentropy.
+
+    ``row_max`` is the reference point that logsum is measured from, a constant: the whole
+    derivative of row_max + logsum comes in through logsum.
+    """
+    refuse_second_derivative()
+    logits, labels, row_max, logsum, entropy = ctx.saved_tensors
+    a, b = dlogsum, torch.zeros_like(dlogsum)
+    if ctx.with_entropy:
+        a, b = a - torch.where(dentropy != 0, dentropy * entropy, 0.0), -dentropy
+    dlogits = row_grad(logits, labels, row_max, logsum, a, b, dlabel_logit, ctx.backend)
+    return dlogits, None, None, None
+
+
+row_stats.register_autograd(_row_stats_backward, setup_context=_save_row_stats)
+
+
+def refuse_second_derivative() -> None:
+    """Called in a backward pass, which runs with gradients enabled under create_graph alone."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "irl_ops: second derivatives are not implemented (create_graph=True); they would be "
+            "silently zero"
+        )
+
+
+def _row_vector(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+
+
+def _or_empty(logits: Tensor, x: Tensor | None, wanted: bool = False) -> Tensor:
+    """An operator returns tensors, never None: what was not asked for is empty."""
+    if x is not None:
+        return x
+    return _row_vector(logits) if wanted else logits.new_empty(0, dtype=torch.float32)

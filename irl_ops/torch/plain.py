@@ -1,0 +1,43 @@
+"""The reference row kernels on torch tensors: any device, no compiler, several passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from irl_ops.kernels import reference
+
+row_stats = reference.row_stats
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot serve ``device``, or None: it serves all."""
+    return None
+
+
+def row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    dlogits: Tensor,
+) -> None:
+    """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
+    dlogits.copy_(reference.row_grad(logits, labels, row_max, logsum, a, b, c))
+
+
+def row_stats_grad(
+    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, dlogits: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(row_max, logsum, entropy)``; writes the gradient into ``dlogits``, which may be logits."""
+    *stats, gradient = reference.row_stats_grad(logits, alpha, beta, entropy_weight)
+    dlogits.copy_(gradient)
+    return tuple(stats)
+
+
+def scale_(dlogits: Tensor, factor: Tensor) -> None:
+    """``dlogits *= factor`` with one rounding."""
+    dlogits.copy_(dlogits.float() * factor)

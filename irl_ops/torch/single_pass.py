@@ -1,0 +1,97 @@
+"""The loss with its gradient already in the forward pass, as one autograd.Function.
+
+The backward pass hands that gradient over, scaled by the gradient from above (no work where that is
+1), so that a step reads the logits once and writes their gradient once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from irl_ops import algebra
+from irl_ops.torch import ops
+
+
+class Kernels:
+    """The row kernels as ``algebra.single_pass`` calls them."""
+
+    def __init__(self, backend: str, inplace: bool) -> None:
+        self.backend, self.inplace = backend, inplace
+
+    def label_logit(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``q[label]``: one element a row, never out of bounds."""
+        good = (labels >= 0) & (labels < logits.shape[-1])
+        picked = logits.gather(-1, torch.where(good, labels, 0)[..., None])[..., 0].float()
+        return torch.where(good, picked, torch.where(labels < 0, 0.0, torch.nan))
+
+    def row_stats_grad(
+        self, logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradient in the logits' own storage, or in its own."""
+        if not self.inplace:
+            return ops.row_stats_grad(logits, alpha, beta, entropy_weight, self.backend)
+        return *ops.row_stats_grad_(logits, alpha, beta, entropy_weight, self.backend), logits
+
+    def set_label(self, dlogits: Tensor, labels: Tensor, elements: Tensor) -> Tensor:
+        """In place."""
+        ops.set_label_(dlogits, labels, elements)
+        return dlogits
+
+
+class SinglePass(torch.autograd.Function):
+    """``(loss, V, logprob, entropy, *Transition)``; the loss alone has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        values: Tensor | None,
+        next_values: Tensor | None,
+        labels: Tensor,
+        kind: Tensor,
+        mle: Tensor,
+        td: Tensor | None,
+        gamma: float | Tensor,
+        entropy_coef: float | Tensor,
+        detach_next: bool,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        """The loss summed over rows, with everything ``backward`` will hand over."""
+        out = algebra.single_pass(
+            xp,
+            Kernels(backend, inplace),
+            logits.detach(),
+            algebra.Rows(labels, kind),
+            algebra.Objective(mle, td, gamma, entropy_coef),
+            next_values=next_values,
+            values=values,
+            detach_next=detach_next,
+        )
+        spent = torch.zeros(1, dtype=torch.int32, device=logits.device)
+        ctx.save_for_backward(out.dlogits, spent, out.dvalues, out.dnext_values)
+        ctx.backend = backend
+        rest = (
+            out.stats.value,
+            out.stats.logprob,
+            out.stats.entropy,
+            out.step.value.clone(),
+            out.step.next_value.clone(),
+            out.step.reward,
+        )
+        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        return out.loss, *rest
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """The saved gradients times the gradient from above."""
+        ops.refuse_second_derivative()
+        dlogits, spent, dvalues, dnext_values = ctx.saved_tensors
+        ops.scale_once_(dlogits, spent, dloss, ctx.backend)
+        dvalues = None if dvalues is None else dvalues * dloss
+        dnext_values = None if dnext_values is None else dnext_values * dloss
+        return dlogits, dvalues, dnext_values, *[None] * 9
