@@ -1,10 +1,12 @@
 """What the demo measures: held-out statistics, samples and their diversity, the cost of a loss."""
 
+import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +120,12 @@ def loss_megabytes(model: PreTrainedModel, batch: Batch) -> float:
         torch.cuda.reset_peak_memory_stats()
         loss_and_gradient(model, logits, labels)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with (
+        silent_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         loss_and_gradient(model, logits, labels)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
@@ -132,6 +137,19 @@ def loss_megabytes(model: PreTrainedModel, batch: Batch) -> float:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak / 1e6
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Send what C++ code writes to file descriptor 2 nowhere; the profiler greets there."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def logits_of(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

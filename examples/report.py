@@ -1,4 +1,4 @@
-"""What the demo shows: a progress bar, a table, a figure, and sentences computed from the numbers."""
+"""What the demo shows: a progress bar, a table, a figure, and sentences made from the numbers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import matplotlib
+from rich import box
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
@@ -111,21 +112,24 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
     result = Table(
         title=f"Held-out text after {facts['steps']} steps, γ = {facts['gamma']:g}",
         caption=(
-            f"Self-BLEU: {facts['samples']} samples at temperature 1 of each of "
-            f"{facts['prompts']} prompts; lower is more diverse. "
-            f"Reference completions have {facts['reference_length']:.1f} tokens on average, samples "
-            f"are cut at {facts['max_new_tokens']}. Loss: forward and backward on "
+            f"Self-BLEU (BLEU of a sample against the others of its prompt; lower is more diverse) "
+            f"and length: {facts['samples']} samples at temperature 1 of each of "
+            f"{facts['prompts']} prompts, cut at {facts['max_new_tokens']} tokens; reference "
+            f"completions have {facts['reference_length']:.1f}. Loss: forward and backward on "
             f"{facts['loss_rows']} x {facts['vocab_size']} logits, median; memory held at most "
             "beside the logits. MLE is the loss that Transformers comes with."
         ),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
     result.add_column("loss", no_wrap=True)
     for header in (
         "NLL",
         "TD²",
         "entropy",
-        "Self-BLEU",
+        "Self-\nBLEU",
         "length",
         "loss\nms",
         "loss\nMB",
@@ -168,8 +172,8 @@ def read_the_numbers(runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]
     return [
         *said,
         f"One seed ({facts['seed']}), {facts['parameters'] / 1e6:.2f} M parameters, "
-        f"{facts['held_out_pairs']} held-out completions: this shows how to run the comparison. It does "
-        "not say which loss is better for a model or data of another size.",
+        f"{facts['held_out_pairs']} held-out completions: this shows how to run the comparison. "
+        "It does not say which loss is better for a model or data of another size.",
     ]
 
 

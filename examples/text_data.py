@@ -92,7 +92,7 @@ def document_pairs(text: str, title: str = "") -> Iterator[Pair]:
 
 def jsonl_pairs(path: Path, text: str) -> Iterator[Pair]:
     """Read one pair from each non-empty line."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:

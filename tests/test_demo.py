@@ -1,0 +1,238 @@
+"""The demo: what it reads, what it measures, and one run of it from end to end."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "examples" / "finetune_transformers.py"
+sys.path.insert(0, str(DEMO.parent))  # the examples are scripts, not a package
+
+import measure  # noqa: E402
+import report  # noqa: E402
+import text_data  # noqa: E402
+from text_data import DataError, Pair  # noqa: E402
+
+WORDS = [f"w{i}" for i in range(250)]
+
+
+def chat(*roles: str) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": f"says {role}"} for role in roles]}
+
+
+ROWS = {
+    "prompt": ({"prompt": "Two?", "completion": "2"}, Pair("Two?\n", "2")),
+    "question": ({"question": "One?", "answer": "1\n#### 1"}, Pair("One?\n", "1\n#### 1")),
+    "messages": (
+        chat("system", "user", "assistant"),
+        Pair("system: says system\nuser: says user\nassistant:\n", "says assistant"),
+    ),
+    "other fields": (
+        {"id": 7, "prompt": "p", "completion": "c", "question": None},
+        Pair("p\n", "c"),
+    ),
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(text_data, "FEWEST_PAIRS", 1)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_every_form_of_row_is_read(form, few, tmp_path):
+    row, expected = ROWS[form]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"\n{json.dumps(row)}\n\n{json.dumps(row)}\n", encoding="utf-8")
+    assert text_data.load_pairs(path, seed=0) == [expected]
+
+
+def test_line_separators_inside_a_string_do_not_end_a_row(few, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "a\u2028b", "completion": "c\x85d"}
+    path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert text_data.load_pairs(path, seed=0) == [Pair("a\u2028b\n", "c\x85d")]
+
+
+def test_text_is_split_at_blank_lines_and_long_documents_are_cut(few, tmp_path):
+    path = tmp_path / "text.txt"
+    documents = [" ".join(WORDS[:20]), " ".join(WORDS[:5]), " ".join(WORDS), " ".join(WORDS[:20])]
+    path.write_text(" \n\t\n".join(documents), encoding="utf-8")
+    pairs = sorted(text_data.load_pairs(path, seed=0), key=lambda pair: len(pair.completion))
+    # 20 words; too few words; 250 words in windows of 100, 100 and 50; the first one again.
+    assert [len(pair.prompt.split()) for pair in pairs] == [8, 8, 8, 8]
+    assert sorted(len(pair.completion.split()) for pair in pairs) == [12, 42, 92, 92]
+    assert pairs[0] == Pair(" ".join(WORDS[:8]), " " + " ".join(WORDS[8:20]))
+
+
+def test_the_documentation_is_there_and_repeats_no_completion():
+    pairs = text_data.load_pairs(None, seed=3)
+    assert len(pairs) > 500
+    assert len({pair.completion for pair in pairs}) == len(pairs)
+    assert pairs == text_data.load_pairs(None, seed=3) != text_data.load_pairs(None, seed=4)
+
+
+BAD = {
+    "suffix": ("rows.csv", "a,b", "rows.csv: the suffix '.csv'"),
+    "no file": ("rows.jsonl", None, "rows.jsonl: cannot be read (No such file"),
+    "few pairs": ("rows.jsonl", '{"prompt": "a", "completion": "b"}', "1 usable pairs"),
+    "empty": ("rows.txt", "", "0 usable pairs"),
+    "not UTF-8": ("rows.txt", b"abc\xff", "rows.txt: byte 3 is not UTF-8"),
+    "not JSON": ("rows.jsonl", '{"prompt": "a", "completion": "b"}\n{', "rows.jsonl, line 2: not J"),
+    "a list": ("rows.jsonl", "[1]", "rows.jsonl, line 1: a JSON list"),
+    "unknown fields": ("rows.jsonl", '\n{"text": "a"}', "line 2: an object with the fields ['text']"),
+    "a number": ("rows.jsonl", '{"prompt": "a", "completion": 3}', "line 1: 'completion' is 3"),
+    "no text": ("rows.jsonl", '{"question": " ", "answer": "b"}', "line 1: 'question' is ' '"),
+    "messages": ("rows.jsonl", '{"messages": "hello"}', 'line 1: "messages" is not a list'),
+    "one message": ("rows.jsonl", json.dumps(chat("assistant")), "the roles ['assistant']"),
+    "user last": ("rows.jsonl", json.dumps(chat("assistant", "user")), "'user'], not ending"),
+    "no content": ("rows.jsonl", '{"messages": [{"role": "user"}]}', "'content' is None"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_file_the_line_and_what_is_accepted(case, tmp_path):
+    name, content, message = BAD[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as error:
+        text_data.load_pairs(tmp_path / name, seed=0)
+    assert message in str(error.value)
+    assert ".jsonl  one JSON object a line" in str(error.value)
+
+
+# Tokens
+
+
+def test_labels_mask_the_prompt_and_end_with_the_end_token():
+    pairs = text_data.load_pairs(None, seed=0)
+    tokenizer = text_data.train_tokenizer(pairs, vocab_size=512)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    row = text_data.encode(tokenizer, pairs[0], max_length=10_000)
+    prompt = len(text_data.prompt_of(row))
+    assert tokenizer.decode(row["input_ids"][:prompt]) == pairs[0].prompt
+    assert row["labels"][:prompt] == [-100] * prompt
+    assert row["labels"][prompt:] == row["input_ids"][prompt:]
+    assert tokenizer.decode(row["labels"][prompt:-1]) == pairs[0].completion
+    assert row["labels"][-1] == tokenizer.eos_token_id
+
+    cut = text_data.encode(tokenizer, pairs[0], max_length=16)
+    assert cut["input_ids"] != row["input_ids"][:16] or prompt <= 8
+    assert len(cut["labels"]) == len(cut["input_ids"]) == 16
+    assert tokenizer.eos_token_id not in cut["labels"]
+    assert max(cut["labels"]) >= 0  # however long the prompt is, a completion is left
+
+    learnt = text_data.encode(tokenizer, pairs[0], max_length=10_000, learn_prompt=True)
+    assert learnt["labels"] == learnt["input_ids"] == row["input_ids"]
+
+
+# Measuring
+
+
+def test_self_bleu_of_equal_and_of_unlike_samples():
+    same, unlike = "one two three four five", "six seven eight nine ten"
+    assert measure.self_bleu([[same, same, same]]) == pytest.approx(100)
+    # sacrebleu smooths counts of zero, so that unlike texts do not get 0 exactly
+    assert measure.self_bleu([[same, unlike]]) < 15
+    assert measure.self_bleu([[same, ""]]) == 0
+
+
+def test_loss_megabytes_counts_what_the_loss_holds():
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids):
+            return SimpleNamespace(logits=torch.ones(4, 64, 1000))
+
+        def loss_function(self, logits, labels, vocab_size):
+            return logits.exp().sum()
+
+    batch = {"input_ids": torch.zeros(4, 64), "labels": torch.zeros(4, 64)}
+    # exp(logits) is kept for the gradient, and the gradient itself: 2 x 4 x 64 x 1000 float32
+    assert measure.loss_megabytes(Model(), batch) == pytest.approx(2.048, rel=0.01)
+
+
+# From end to end
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, str(DEMO), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        return numbers(list(value.values()))
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
+    out = tmp_path / "out"
+    finished = run("--quick", "--lams", "0", "0.5", "--gamma", "0.9", "--out", str(out))
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""  # no warnings
+    for word in ("NLL", "TD²", "Self-", "MLE", "IQLearn λ=0.5", "One seed"):
+        assert word in finished.stdout
+    assert (out / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (out / "report.png").stat().st_size > 20_000
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [run["lam"] for run in results["runs"]] == [0.0, 0.5]
+    assert all(map(math.isfinite, numbers(results)))
+    for one in results["runs"]:
+        assert one["curve"][0] == results["runs"][0]["curve"][0]  # one starting point
+        assert one["curve"][-1] == [results["steps"], one["nll"]]
+        assert one["loss_ms"] > 0 and one["loss_mb"] > 0 and one["step_ms"] > 0
+        assert 0 <= one["self_bleu"] <= 100 and one["td"] >= 0 and one["entropy"] > 0
+    assert results["runs"][0]["curve"] != results["runs"][1]["curve"]  # the loss was taken up
+    assert {"torch", "transformers", "irl_ops"} <= results["versions"].keys()
+    samples = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(samples) == 2 * results["prompts"]
+
+
+def test_a_bad_file_ends_in_one_message(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{", encoding="utf-8")
+    finished = run("--quick", "--data", str(path))
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"error: {path}, line 1: not JSON")
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--lams", "-1"), ("--lams", "0", "0"), ("--gamma", "1.5")])
+def test_bad_options_are_named(arguments):
+    finished = run(*arguments)
+    assert finished.returncode == 2
+    assert f"{arguments[0]}: " in finished.stderr
+    assert "accepted" in finished.stderr or "once" in finished.stderr
+
+
+def test_the_words_follow_the_numbers():
+    common = dict(curve=[(0, 3.0)], entropy=1.0, unfinished=0.0, step_ms=1.0)
+    runs = [
+        report.Run(lam=0.0, nll=2.0, td=9.0, self_bleu=4.0, length=10.0, **common),
+        report.Run(lam=0.1, nll=2.5, td=1.0, self_bleu=3.0, length=20.0, **common),
+    ]
+    facts = {"seed": 0, "parameters": 1_000_000, "held_out_pairs": 5}
+    words = " ".join(report.read_the_numbers(runs, facts))
+    assert "lowest with MLE (2.000) and highest with IQLearn λ=0.1 (2.500)" in words
+    assert "smallest with IQLearn λ=0.1 (1.00" in words
+    assert "10.0 (MLE) to 20.0 (IQLearn λ=0.1) tokens" in words
