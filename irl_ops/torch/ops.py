@@ -94,6 +94,22 @@ def _(
     return _row_vector(logits), _row_vector(logits), h
 
 
+@torch.library.custom_op("irl_ops::label_logit", mutates_args=())
+def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """``q[label]`` in float32: 0 without a label, NaN for a bad one, never out of bounds.
+
+    Opaque, since a compiler may otherwise read it again after the logits have been overwritten.
+    """
+    good = (labels >= 0) & (labels < logits.shape[-1])
+    picked = logits.gather(-1, torch.where(good, labels, 0)[..., None])[..., 0].float()
+    return torch.where(good, picked, torch.where(labels < 0, 0.0, torch.nan))
+
+
+@label_logit.register_fake
+def _(logits: Tensor, labels: Tensor) -> Tensor:
+    return _row_vector(logits)
+
+
 @torch.library.custom_op("irl_ops::set_label_", mutates_args={"dlogits"})
 def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
     """Writes one element a row, rounded once; rows without a good label keep what they have."""

@@ -23,10 +23,8 @@ class Kernels:
         self.backend, self.inplace = backend, inplace
 
     def label_logit(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """``q[label]``: one element a row, never out of bounds."""
-        good = (labels >= 0) & (labels < logits.shape[-1])
-        picked = logits.gather(-1, torch.where(good, labels, 0)[..., None])[..., 0].float()
-        return torch.where(good, picked, torch.where(labels < 0, 0.0, torch.nan))
+        """``q[label]``, before anything is overwritten."""
+        return ops.label_logit(logits, labels)
 
     def row_stats_grad(
         self, logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None
