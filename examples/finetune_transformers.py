@@ -30,6 +30,7 @@ from text_data import (
     docstring_pairs,
     encode,
     load_pairs,
+    packed,
     prompt_of,
     train_tokenizer,
 )
@@ -63,7 +64,7 @@ class Sizes(NamedTuple):
     max_new_tokens: int
 
 
-FULL = Sizes(4096, 128, 400, 150, held_out=96, prompts=32, samples=4, max_new_tokens=128)
+FULL = Sizes(4096, 128, 300, 150, held_out=96, prompts=32, samples=4, max_new_tokens=128)
 QUICK = Sizes(512, 32, 4, 4, held_out=8, prompts=2, samples=3, max_new_tokens=8)
 MAX_LENGTH = 192  # tokens of a prompt with its completion
 BATCH_SIZE = 16
@@ -86,7 +87,7 @@ def main() -> None:
     train_pairs, held_out_pairs = pairs[: -sizes.held_out], pairs[-sizes.held_out :]
     start_pairs = docstring_pairs(options.seed)
     tokenizer = train_tokenizer(start_pairs + train_pairs, sizes.vocab_size)
-    start_rows = [encode(tokenizer, p, MAX_LENGTH, learn_prompt=True) for p in start_pairs]
+    start_rows = packed(tokenizer, start_pairs, length=128)
     train_rows = [encode(tokenizer, p, MAX_LENGTH) for p in train_pairs]
     held_out_rows = [encode(tokenizer, p, MAX_LENGTH) for p in held_out_pairs]
     collate = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100

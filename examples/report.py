@@ -112,6 +112,7 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
     result = Table(
         title=f"Held-out text after {facts['steps']} steps, γ = {facts['gamma']:g}",
         caption=(
+            "NLL, TD² (the squared TD residual) and entropy: means over the held-out tokens. "
             f"Self-BLEU (BLEU of a sample against the others of its prompt; lower is more diverse) "
             f"and length: {facts['samples']} samples at temperature 1 of each of "
             f"{facts['prompts']} prompts, cut at {facts['max_new_tokens']} tokens; reference "

@@ -169,20 +169,27 @@ def train_tokenizer(pairs: Iterable[Pair], vocab_size: int) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, pair: Pair, max_length: int, *, learn_prompt: bool = False
-) -> Row:
+def encode(tokenizer: PreTrainedTokenizerFast, pair: Pair, max_length: int) -> Row:
     """Turn a pair into ``input_ids`` and ``labels`` of the same length.
 
-    Prompt tokens are labelled -100 (unless ``learn_prompt``). The completion ends with the end
-    token; where ``max_length`` cuts it, the end token is missing, which is how the loss knows.
-    A long prompt keeps its last half ``max_length`` tokens, so that there is always a completion.
+    Prompt tokens are labelled -100. The completion ends with the end token; where ``max_length``
+    cuts it, the end token is missing, which is how the loss knows. A long prompt keeps its last
+    ``max_length // 2`` tokens, so that there is always a completion.
     """
     prompt = tokenizer.encode(pair.prompt)[-(max_length // 2) :]
     completion = [*tokenizer.encode(pair.completion), tokenizer.eos_token_id]
     ids = (prompt + completion)[:max_length]
-    labels = ids if learn_prompt else [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]}
+
+
+def packed(tokenizer: PreTrainedTokenizerFast, pairs: Iterable[Pair], length: int) -> list[Row]:
+    """Join whole documents into rows of ``length`` tokens, every one of them labelled."""
+    texts = [pair.prompt + pair.completion for pair in pairs]
+    stream = [
+        token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]
+    ]
+    rows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def prompt_of(row: Row) -> list[int]:

@@ -88,9 +88,17 @@ BAD = {
     "few pairs": ("rows.jsonl", '{"prompt": "a", "completion": "b"}', "1 usable pairs"),
     "empty": ("rows.txt", "", "0 usable pairs"),
     "not UTF-8": ("rows.txt", b"abc\xff", "rows.txt: byte 3 is not UTF-8"),
-    "not JSON": ("rows.jsonl", '{"prompt": "a", "completion": "b"}\n{', "rows.jsonl, line 2: not J"),
+    "not JSON": (
+        "rows.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{',
+        "rows.jsonl, line 2: not J",
+    ),
     "a list": ("rows.jsonl", "[1]", "rows.jsonl, line 1: a JSON list"),
-    "unknown fields": ("rows.jsonl", '\n{"text": "a"}', "line 2: an object with the fields ['text']"),
+    "unknown fields": (
+        "rows.jsonl",
+        '\n{"text": "a"}',
+        "line 2: an object with the fields ['text']",
+    ),
     "a number": ("rows.jsonl", '{"prompt": "a", "completion": 3}', "line 1: 'completion' is 3"),
     "no text": ("rows.jsonl", '{"question": " ", "answer": "b"}', "line 1: 'question' is ' '"),
     "messages": ("rows.jsonl", '{"messages": "hello"}', 'line 1: "messages" is not a list'),
@@ -132,8 +140,10 @@ def test_labels_mask_the_prompt_and_end_with_the_end_token():
     assert tokenizer.eos_token_id not in cut["labels"]
     assert max(cut["labels"]) >= 0  # however long the prompt is, a completion is left
 
-    learnt = text_data.encode(tokenizer, pairs[0], max_length=10_000, learn_prompt=True)
-    assert learnt["labels"] == learnt["input_ids"] == row["input_ids"]
+    rows = text_data.packed(tokenizer, pairs[:20], length=32)
+    tokens = [token for packed in rows for token in packed["input_ids"]]
+    assert tokens[: len(row["input_ids"])] == row["input_ids"]
+    assert all(len(packed["labels"]) == 32 for packed in rows)
 
 
 # Measuring
