@@ -1,0 +1,1 @@
+"""IQLearn inside the trainers people use; each module names the one that it serves."""
