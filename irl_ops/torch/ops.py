@@ -120,22 +120,9 @@ def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
     dlogits.scatter_(-1, index, torch.where(good[..., None], elements, kept))
 
 
-@torch.library.custom_op("irl_ops::scale_once_", mutates_args={"dlogits", "spent"})
-def scale_once_(dlogits: Tensor, spent: Tensor, factor: Tensor, backend: str) -> None:
-    """``dlogits *= factor``, a single time: ``spent`` [1] counts.
-
-    The gradient is handed over rather than copied, so a second backward pass would find what the
-    first one left. It raises on a CPU; elsewhere, where looking would cost a synchronisation, the
-    gradient becomes NaN.
-    """
-    if dlogits.device.type != "cpu":
-        factor = torch.where(spent[0] == 0, factor, torch.nan)
-    elif spent.item() != 0:
-        raise RuntimeError(
-            "irl_ops: backward ran a second time through the same loss. Its gradient was handed "
-            "over by the first pass; call the loss again, or use reduction='none' and sum it."
-        )
-    spent.fill_(1)
+@torch.library.custom_op("irl_ops::scale_", mutates_args={"dlogits"})
+def scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
+    """``dlogits *= factor``; the 0-d factor is looked at where the gradient lives."""
     BACKENDS[backend].scale_(dlogits, factor)
 
 

@@ -70,9 +70,8 @@ class SinglePass(torch.autograd.Function):
             values=values,
             detach_next=detach_next,
         )
-        spent = torch.zeros(1, dtype=torch.int32, device=logits.device)
-        ctx.save_for_backward(out.dlogits, spent, out.dvalues, out.dnext_values)
-        ctx.backend = backend
+        ctx.save_for_backward(out.dlogits, out.dvalues, out.dnext_values)
+        ctx.backend, ctx.handed_over = backend, False
         rest = (
             out.stats.value,
             out.stats.logprob,
@@ -88,8 +87,17 @@ class SinglePass(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The saved gradients times the gradient from above."""
         ops.refuse_second_derivative()
-        dlogits, spent, dvalues, dnext_values = ctx.saved_tensors
-        ops.scale_once_(dlogits, spent, dloss, ctx.backend)
+        if ctx.handed_over:
+            raise RuntimeError(
+                "irl_ops: backward ran a second time through the same loss, whose gradient the "
+                "first pass has handed over; call the loss again for another pass"
+            )
+        dlogits, dvalues, dnext_values = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            dlogits = dlogits * dloss  # the compiler knows best whether that storage is free
+        else:
+            ctx.handed_over = True
+            ops.scale_(dlogits, dloss, ctx.backend)
         dvalues = None if dvalues is None else dvalues * dloss
         dnext_values = None if dnext_values is None else dnext_values * dloss
         return dlogits, dvalues, dnext_values, *[None] * 9
