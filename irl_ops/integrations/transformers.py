@@ -325,7 +325,7 @@ class _Loss:
         if isinstance(num_items, Tensor):
             if num_items.ndim > 1 or num_items.numel() != 1:  # how the Trainer spreads it over GPUs
                 raise ValueError(_DATA_PARALLEL)
-            num_items = num_items.to(logits.device)
+            num_items = num_items.to(logits.device).reshape(())
         labels = labels.to(
             logits.device
         )  # the head of a model spread over devices may lie elsewhere
