@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 import irl_ops.torch as irl
 from irl_ops.algebra import IGNORED, NO_TD
 
-Batch = dict[str, torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -39,6 +39,7 @@ def held_out(
             attention_mask=batch["attention_mask"].to(model.device),
         ).logits
         stats = irl.token_stats(logits, labels, shift=True, gamma=gamma, eos_token_id=eos_token_id)
+        assert stats.entropy is not None  # it was not turned off
         labelled = stats.kind != IGNORED
         nll.append(-stats.logprob[labelled])
         entropy.append(stats.entropy[labelled])
@@ -51,7 +52,7 @@ def held_out(
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[list[int]],
+    prompts: list[list[int]],
     *,
     samples: int,
     max_new_tokens: int,
@@ -61,7 +62,7 @@ def sample(
     model.eval()
     set_seed(seed)
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[operator]
         **batch.to(model.device),
         do_sample=True,
         temperature=1.0,

@@ -33,6 +33,7 @@ class Run:
     length: float
     unfinished: float  # share of the samples that were cut at the longest length
     step_ms: float
+    samples: dict[str, list[str]]  # by prompt
     loss_ms: float = 0.0
     loss_mb: float = 0.0
 
@@ -86,25 +87,27 @@ class Progress:
 
 
 def write_report(
-    console: Console,
-    folder: Path,
-    runs: Sequence[Run],
-    facts: Mapping[str, Any],
-    written: Sequence[Mapping[str, Any]],
+    console: Console, folder: Path, runs: Sequence[Run], facts: Mapping[str, Any]
 ) -> None:
     """Print the table and the sentences; write the figure, the numbers and the samples."""
     sentences = read_the_numbers(runs, facts)
     folder.mkdir(parents=True, exist_ok=True)
     draw(runs, facts, folder / "report.png")
-    results = {**facts, "runs": [{"name": r.name, **asdict(r)} for r in runs], "notes": sentences}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-    (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+    numbers = [{"name": r.name, **asdict(r)} for r in runs]
+    samples = [{"name": one["name"], "samples": one.pop("samples")} for one in numbers]
+    write_json(folder / "results.json", {**facts, "runs": numbers, "notes": sentences})
+    write_json(folder / "samples.json", samples)
     console.print(table(runs, facts))
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False)
-    for name in ("report.png", "results.json", "samples.jsonl"):
+    for name in ("report.png", "results.json", "samples.json"):
         console.print(f"{folder / name}", highlight=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value for people and programs to read."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
@@ -173,7 +176,7 @@ def read_the_numbers(runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]
     return [
         *said,
         f"One seed ({facts['seed']}), {facts['parameters'] / 1e6:.2f} M parameters, "
-        f"{facts['held_out_pairs']} held-out completions: this shows how to run the comparison. "
+        f"{facts['held_out']} held-out completions: this shows how to run the comparison. "
         "It does not say which loss is better for a model or data of another size.",
     ]
 

@@ -7,6 +7,7 @@ import ast
 import json
 import random
 import re
+import statistics
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,14 +17,13 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-ACCEPTED = """Accepted are
+ACCEPTED = """Accepted data:
   .txt    UTF-8 text, documents separated by blank lines
   .jsonl  one JSON object a line, with "prompt" and "completion", or "question" and "answer",
           or "messages": a list of {"role": ..., "content": ...} that ends with the assistant"""
 
 OPENING = 8  # words of a document that become its prompt
 SHORTEST, LONGEST = 16, 100  # words of a document; shorter ones are left out, longer ones are cut
-FEWEST_PAIRS = 40
 IGNORE_INDEX = -100
 
 Row = dict[str, list[int]]
@@ -41,6 +41,46 @@ class DataError(ValueError):
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}. {ACCEPTED}")
+
+
+class Text(NamedTuple):
+    """The text of one comparison, as tokens."""
+
+    tokenizer: PreTrainedTokenizerFast
+    start: list[Row]  # for the pre-training
+    train: list[Row]
+    held_out: list[Row]
+
+    def prompts(self, number: int) -> list[list[int]]:
+        """Return the first held-out prompts."""
+        return [prompt_of(row) for row in self.held_out[:number]]
+
+    def reference_length(self) -> float:
+        """Average the tokens of the held-out completions, without end tokens."""
+        ignored = (IGNORE_INDEX, self.tokenizer.eos_token_id)
+        lengths = [sum(label not in ignored for label in row["labels"]) for row in self.held_out]
+        return statistics.mean(lengths)
+
+
+def prepare(
+    path: Path | None, *, seed: int, held_out: int, vocab_size: int, max_length: int
+) -> Text:
+    """Read text and make tokens of it; the tokenizer never sees the held-out pairs.
+
+    Raises:
+        DataError: as ``load_pairs``.
+    """
+    pairs, start = load_pairs(path, seed), docstring_pairs(seed)
+    if len(pairs) < 4 * held_out:
+        raise DataError(str(path), f"{len(pairs)} usable pairs, the demo needs {4 * held_out}")
+    tokenizer = train_tokenizer(start + pairs[held_out:], vocab_size)
+    rows = [encode(tokenizer, pair, max_length) for pair in pairs]
+    return Text(
+        tokenizer,
+        start=packed(tokenizer, start, length=128),
+        train=rows[held_out:],
+        held_out=rows[:held_out],
+    )
 
 
 def load_pairs(path: Path | None, seed: int) -> list[Pair]:
@@ -61,8 +101,6 @@ def load_pairs(path: Path | None, seed: int) -> list[Pair]:
         pairs = list(dict.fromkeys(jsonl_pairs(path, read_text(path))))
     else:
         raise DataError(str(path), f"the suffix {path.suffix!r} is not known")
-    if len(pairs) < FEWEST_PAIRS:
-        raise DataError(str(path), f"{len(pairs)} usable pairs, the demo needs {FEWEST_PAIRS}")
     random.Random(seed).shuffle(pairs)
     return pairs
 
@@ -142,7 +180,7 @@ def distinct(pairs: Iterable[Pair]) -> list[Pair]:
 def docstring_pairs(seed: int) -> list[Pair]:
     """Read the docstrings of Python's standard library: the text of the common starting point."""
     folder = Path(sysconfig.get_path("stdlib"))
-    pairs = []
+    pairs: list[Pair] = []
     for path in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):

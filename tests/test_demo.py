@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "finetune_transformers.py"
 sys.path.insert(0, str(DEMO.parent))  # the examples are scripts, not a package
 
+import finetune_transformers  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import text_data  # noqa: E402
@@ -41,30 +42,25 @@ ROWS = {
 }
 
 
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(text_data, "FEWEST_PAIRS", 1)
-
-
 # Reading
 
 
 @pytest.mark.parametrize("form", ROWS)
-def test_every_form_of_row_is_read(form, few, tmp_path):
+def test_every_form_of_row_is_read(form, tmp_path):
     row, expected = ROWS[form]
     path = tmp_path / "rows.jsonl"
     path.write_text(f"\n{json.dumps(row)}\n\n{json.dumps(row)}\n", encoding="utf-8")
     assert text_data.load_pairs(path, seed=0) == [expected]
 
 
-def test_line_separators_inside_a_string_do_not_end_a_row(few, tmp_path):
+def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "a\u2028b", "completion": "c\x85d"}
     path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     assert text_data.load_pairs(path, seed=0) == [Pair("a\u2028b\n", "c\x85d")]
 
 
-def test_text_is_split_at_blank_lines_and_long_documents_are_cut(few, tmp_path):
+def test_text_is_split_at_blank_lines_and_long_documents_are_cut(tmp_path):
     path = tmp_path / "text.txt"
     documents = [" ".join(WORDS[:20]), " ".join(WORDS[:5]), " ".join(WORDS), " ".join(WORDS[:20])]
     path.write_text(" \n\t\n".join(documents), encoding="utf-8")
@@ -85,8 +81,6 @@ def test_the_documentation_is_there_and_repeats_no_completion():
 BAD = {
     "suffix": ("rows.csv", "a,b", "rows.csv: the suffix '.csv'"),
     "no file": ("rows.jsonl", None, "rows.jsonl: cannot be read (No such file"),
-    "few pairs": ("rows.jsonl", '{"prompt": "a", "completion": "b"}', "1 usable pairs"),
-    "empty": ("rows.txt", "", "0 usable pairs"),
     "not UTF-8": ("rows.txt", b"abc\xff", "rows.txt: byte 3 is not UTF-8"),
     "not JSON": (
         "rows.jsonl",
@@ -117,6 +111,13 @@ def test_errors_name_the_file_the_line_and_what_is_accepted(case, tmp_path):
         text_data.load_pairs(tmp_path / name, seed=0)
     assert message in str(error.value)
     assert ".jsonl  one JSON object a line" in str(error.value)
+
+
+def test_too_few_pairs_are_refused(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join(WORDS[i : i + 20]) for i in range(31)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"text.txt: 31 usable pairs, the demo needs 32"):
+        text_data.prepare(path, seed=0, held_out=8, vocab_size=300, max_length=32)
 
 
 # Tokens
@@ -214,8 +215,8 @@ def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
         assert 0 <= one["self_bleu"] <= 100 and one["td"] >= 0 and one["entropy"] > 0
     assert results["runs"][0]["curve"] != results["runs"][1]["curve"]  # the loss was taken up
     assert {"torch", "transformers", "irl_ops"} <= results["versions"].keys()
-    samples = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(samples) == 2 * results["prompts"]
+    samples = json.loads((out / "samples.json").read_text(encoding="utf-8"))
+    assert [len(one["samples"]) for one in samples] == [results["prompts"]] * 2
 
 
 def test_a_bad_file_ends_in_one_message(tmp_path):
@@ -228,20 +229,21 @@ def test_a_bad_file_ends_in_one_message(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("--lams", "-1"), ("--lams", "0", "0"), ("--gamma", "1.5")])
-def test_bad_options_are_named(arguments):
-    finished = run(*arguments)
-    assert finished.returncode == 2
-    assert f"{arguments[0]}: " in finished.stderr
-    assert "accepted" in finished.stderr or "once" in finished.stderr
+def test_bad_options_are_named(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(DEMO), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        finetune_transformers.parse_options()
+    message = capsys.readouterr().err
+    assert f"{arguments[0]}: " in message and "accepted" in message
 
 
 def test_the_words_follow_the_numbers():
-    common = dict(curve=[(0, 3.0)], entropy=1.0, unfinished=0.0, step_ms=1.0)
+    common = dict(curve=[(0, 3.0)], entropy=1.0, unfinished=0.0, step_ms=1.0, samples={})
     runs = [
         report.Run(lam=0.0, nll=2.0, td=9.0, self_bleu=4.0, length=10.0, **common),
         report.Run(lam=0.1, nll=2.5, td=1.0, self_bleu=3.0, length=20.0, **common),
     ]
-    facts = {"seed": 0, "parameters": 1_000_000, "held_out_pairs": 5}
+    facts = {"seed": 0, "parameters": 1_000_000, "held_out": 5}
     words = " ".join(report.read_the_numbers(runs, facts))
     assert "lowest with MLE (2.000) and highest with IQLearn λ=0.1 (2.500)" in words
     assert "smallest with IQLearn λ=0.1 (1.00" in words
