@@ -1,0 +1,69 @@
+// The four loops over one row, and the instruction sets they are compiled for.
+//
+// These are the only functions compiled for more than the oldest CPU. They know rows and numbers;
+// labels, coefficients, strides and threads belong to rows.cpp.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dtypes.h"
+
+namespace irl {
+
+// From element `begin` on, until the next segment, the scratch holds exp(q - reference).
+struct Segment {
+  std::int64_t begin;
+  float reference;
+};
+
+// sum = sum_j exp(q_j - shift) and weighted = sum_j exp(q_j - shift) (q_j - shift), where shift is
+// max = max_j q_j, or 0 if every q_j is -inf (or NaN).
+struct RowSums {
+  float max;
+  double sum;
+  double weighted;
+  std::int64_t segments;
+};
+
+inline constexpr std::int64_t kBlock = 2048;  // elements found in L1 by the second look at them
+inline constexpr std::int64_t kLanes = 16;
+
+// How a row is written: straight to memory where it is mapped and too large for the caches.
+enum class Stores { cached, streamed };
+
+struct RowLoops {
+  // Reads q once. `exps` (vocab + kLanes floats) and `segments` (one a block) may be null.
+  RowSums (*scan)(const void* q, std::int64_t vocab, bool entropy, float* exps, Segment* segments);
+
+  // y_j = p_j (a + b log p_j) from the scratch of scan, log_sum = log sum_j exp(q_j - max).
+  // Reads the scratch, and q only where b != 0, both from the cache; writes y once.
+  void (*write_scanned)(const void* q, void* y, std::int64_t vocab, const float* exps,
+                        const Segment* segments, const RowSums& sums, double log_sum, double a,
+                        float b, Stores stores);
+
+  // The same from q alone, any a and b: reads q once, writes y once.
+  void (*write)(const void* q, void* y, std::int64_t vocab, float max, float log_sum, float a,
+                float b, Stores stores);
+
+  // y_j = 0: writes y once.
+  void (*clear)(void* y, std::int64_t vocab, Stores stores);
+
+  // y_j = factor y_j: reads and writes y once.
+  void (*scale)(void* y, std::int64_t vocab, float factor);
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  RowLoops loops[kDtypes];  // indexed by Dtype
+};
+
+// Those this CPU can run, best first.
+const std::vector<const Isa*>& isas();
+
+// The one of that name. An empty name means IRL_OPS_ISA (read once a process), or else the best.
+// Throws std::invalid_argument where the CPU or this build does not have it.
+const Isa& find_isa(const std::string& name);
+
+}  // namespace irl

@@ -1,0 +1,111 @@
+// Sixteen float lanes on AVX2, FMA and F16C: two registers. Included inside the namespace and the
+// target region of isa_avx2.cpp; every function is forced inline and touches no other row.
+
+struct Lanes {
+  __m256 v[2];
+};
+
+IRL_INLINE Lanes splat(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+IRL_INLINE Lanes add(Lanes a, Lanes b) {
+  return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
+}
+IRL_INLINE Lanes sub(Lanes a, Lanes b) {
+  return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}};
+}
+IRL_INLINE Lanes mul(Lanes a, Lanes b) {
+  return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}};
+}
+IRL_INLINE Lanes muladd(Lanes a, Lanes b, Lanes c) {
+  return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
+}
+
+// b where either is NaN, as vmaxps and vminps have it.
+IRL_INLINE Lanes max_or_second(Lanes a, Lanes b) {
+  return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}};
+}
+IRL_INLINE Lanes min_or_second(Lanes a, Lanes b) {
+  return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}};
+}
+
+// a, but 0 where x is -inf.
+IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {
+  const __m256 low = _mm256_set1_ps(-__builtin_inff());
+  return {{_mm256_and_ps(a.v[0], _mm256_cmp_ps(x.v[0], low, _CMP_NEQ_UQ)),
+           _mm256_and_ps(a.v[1], _mm256_cmp_ps(x.v[1], low, _CMP_NEQ_UQ))}};
+}
+
+// n = round(x log2 e) and the scaling by 2^n in two factors: the first product is exact, so the
+// result is rounded once even where it is subnormal.
+struct Power {
+  __m256 n[2];
+};
+IRL_INLINE __m256 round_log2(__m256 x) {
+  const __m256 t = _mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f));
+  return _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+IRL_INLINE Power power_of_two(Lanes x) { return {{round_log2(x.v[0]), round_log2(x.v[1])}}; }
+IRL_INLINE Lanes as_float(Power p) { return {{p.n[0], p.n[1]}}; }
+IRL_INLINE __m256 scale_half(__m256 a, __m256 n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), one = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_srai_epi32(whole, 1), second = _mm256_sub_epi32(whole, first);
+  const __m256i f = _mm256_slli_epi32(_mm256_add_epi32(first, one), 23);
+  const __m256i s = _mm256_slli_epi32(_mm256_add_epi32(second, one), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(f)), _mm256_castsi256_ps(s));
+}
+IRL_INLINE Lanes scale(Lanes a, Power p) {
+  return {{scale_half(a.v[0], p.n[0]), scale_half(a.v[1], p.n[1])}};
+}
+
+IRL_INLINE Lanes load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+IRL_INLINE __m128i load_eight(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+IRL_INLINE __m256 from_bfloat16(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+IRL_INLINE Lanes load(const BFloat16* p) {
+  return {{from_bfloat16(load_eight(p)), from_bfloat16(load_eight(p + 8))}};
+}
+IRL_INLINE Lanes load(const Float16* p) {
+  return {{_mm256_cvtph_ps(load_eight(p)), _mm256_cvtph_ps(load_eight(p + 8))}};
+}
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+IRL_INLINE __m256i bfloat16_bits(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256 quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x400000)));
+  const __m256 number = _mm256_castsi256_ps(_mm256_add_epi32(bits, half));
+  const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+  return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(number, quiet, nan)), 16);
+}
+IRL_INLINE __m256i pack(const BFloat16*, Lanes a) {
+  const __m256i mixed = _mm256_packus_epi32(bfloat16_bits(a.v[0]), bfloat16_bits(a.v[1]));
+  return _mm256_permute4x64_epi64(mixed, 0xd8);
+}
+IRL_INLINE __m256i pack(const Float16*, Lanes a) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m128i low = _mm256_cvtps_ph(a.v[0], kNearest), high = _mm256_cvtps_ph(a.v[1], kNearest);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+IRL_INLINE void store(float* p, Lanes a) {
+  _mm256_storeu_ps(p, a.v[0]);
+  _mm256_storeu_ps(p + 8, a.v[1]);
+}
+template <class Half>
+IRL_INLINE void store(Half* p, Lanes a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(p, a));
+}
+
+// Past the caches; p is aligned to the sixteen elements written.
+IRL_INLINE void stream(float* p, Lanes a) {
+  _mm256_stream_ps(p, a.v[0]);
+  _mm256_stream_ps(p + 8, a.v[1]);
+}
+template <class Half>
+IRL_INLINE void stream(Half* p, Lanes a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(p, a));
+}
+IRL_INLINE void end_streams() { _mm_sfence(); }

@@ -1,0 +1,305 @@
+// The four loops over one row (isa.h), compiled once for every instruction set. The file that
+// includes this one names IRL_ISA (the namespace), IRL_SUPPORTED and IRL_LANES. No function of the
+// standard library is instantiated here.
+//
+// Sums run in sixteen lanes, four accumulators each, over blocks of kBlock elements, and from block
+// to block in double: the order depends on nothing but the row's length.
+#define IRL_INLINE static inline __attribute__((always_inline))
+
+namespace irl {
+namespace IRL_ISA {
+namespace {
+
+#include IRL_LANES
+
+#include "exp.h"
+
+constexpr float kInfinity = __builtin_inff();
+constexpr std::int64_t kAhead = 4096;  // bytes between the element read and the one prefetched
+
+// n < kLanes elements, and `fill` in the other lanes.
+template <class T>
+IRL_INLINE Lanes load_some(const T* p, std::int64_t n, float fill) {
+  T elements[kLanes] = {};
+  float lanes[kLanes];
+  __builtin_memcpy(elements, p, static_cast<std::size_t>(n) * sizeof(T));
+  store(lanes, load(elements));
+  for (std::int64_t l = n; l < kLanes; ++l) lanes[l] = fill;
+  return load(lanes);
+}
+
+template <class T>
+IRL_INLINE void store_some(T* p, std::int64_t n, Lanes a) {
+  T elements[kLanes];
+  store(elements, a);
+  __builtin_memcpy(p, elements, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+template <class T>
+IRL_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+}
+
+IRL_INLINE float largest(Lanes a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  float top = lanes[0];
+  for (int l = 1; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
+  return top;
+}
+
+IRL_INLINE void add_to(double* totals, Lanes a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int l = 0; l < kLanes; ++l) totals[l] += static_cast<double>(lanes[l]);
+}
+
+IRL_INLINE double total(const double* totals) {
+  double sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += totals[l];
+  return sum;
+}
+
+// max(top, the elements that are numbers); this first look brings the block from memory to L1.
+template <class T>
+IRL_INLINE float block_max(const T* q, std::int64_t n, float top) {
+  Lanes m0 = splat(top), m1 = m0, m2 = m0, m3 = m0;
+  std::int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    for (std::int64_t k = 0; k < 4 * kLanes; k += 64 / static_cast<std::int64_t>(sizeof(T)))
+      prefetch(q + j + k);
+    m0 = max_or_second(load(q + j), m0);
+    m1 = max_or_second(load(q + j + kLanes), m1);
+    m2 = max_or_second(load(q + j + 2 * kLanes), m2);
+    m3 = max_or_second(load(q + j + 3 * kLanes), m3);
+  }
+  for (; j + kLanes <= n; j += kLanes) m0 = max_or_second(load(q + j), m0);
+  if (j < n) m1 = max_or_second(load_some(q + j, n - j, -kInfinity), m1);
+  return largest(max_or_second(max_or_second(m0, m1), max_or_second(m2, m3)));
+}
+
+struct Accumulator {
+  Lanes sum, weighted;
+};
+
+// Adds exp(q - shift), and its product with q - shift; keeps the exponentials where asked.
+template <bool kEntropy, bool kKeep>
+IRL_INLINE void accumulate(Accumulator& to, Lanes q, Lanes shift, float* keep) {
+  const Lanes d = exp_range(sub(q, shift)), e = exp_ranged(d);
+  to.sum = add(to.sum, e);
+  if (kEntropy) to.weighted = muladd(e, d, to.weighted);
+  if (kKeep) store(keep, e);
+}
+
+template <class T, bool kEntropy, bool kKeep>
+IRL_INLINE void block_sums(const T* q, std::int64_t n, float shift, float* exps, double* sums,
+                           double* weighted) {
+  const Lanes s = splat(shift);
+  Accumulator a0 = {splat(0.0f), splat(0.0f)}, a1 = a0, a2 = a0, a3 = a0;
+  std::int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    accumulate<kEntropy, kKeep>(a0, load(q + j), s, exps + j);
+    accumulate<kEntropy, kKeep>(a1, load(q + j + kLanes), s, exps + j + kLanes);
+    accumulate<kEntropy, kKeep>(a2, load(q + j + 2 * kLanes), s, exps + j + 2 * kLanes);
+    accumulate<kEntropy, kKeep>(a3, load(q + j + 3 * kLanes), s, exps + j + 3 * kLanes);
+  }
+  for (; j + kLanes <= n; j += kLanes) accumulate<kEntropy, kKeep>(a0, load(q + j), s, exps + j);
+  if (j < n) accumulate<kEntropy, kKeep>(a1, load_some(q + j, n - j, -kInfinity), s, exps + j);
+  add_to(sums, add(add(a0.sum, a1.sum), add(a2.sum, a3.sum)));
+  if (kEntropy)
+    add_to(weighted, add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)));
+}
+
+// Traffic: one read of q. exps stay in the cache.
+template <class T, bool kEntropy, bool kKeep>
+RowSums scan(const T* q, std::int64_t vocab, float* exps, Segment* segments) {
+  RowSums row = {-kInfinity, 0.0, 0.0, 0};
+  double sums[kLanes] = {}, weighted[kLanes] = {};
+  for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const std::int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
+    const float max = block_max(q + begin, n, row.max);
+    if (max > row.max || begin == 0) {
+      // What was summed so far referred to the old maximum; nothing was if that was -inf.
+      if (row.max > -kInfinity) {
+        const double change = static_cast<double>(row.max) - static_cast<double>(max);
+        const double factor = __builtin_exp(change);
+        for (int l = 0; l < kLanes; ++l) {
+          weighted[l] = factor * (weighted[l] + change * sums[l]);
+          sums[l] *= factor;
+        }
+      }
+      row.max = max;
+      if (kKeep) segments[row.segments++] = {begin, max};
+    }
+    const float shift = max > -kInfinity ? max : 0.0f;
+    block_sums<T, kEntropy, kKeep>(q + begin, n, shift, exps + (kKeep ? begin : 0), sums, weighted);
+  }
+  row.sum = total(sums);
+  row.weighted = total(weighted);
+  return row;
+}
+
+// What a row is filled with: at(j) gives sixteen elements from j on, some(j, n) the first n of them
+// without a read past the row.
+
+struct Zero {
+  IRL_INLINE Lanes value() { return splat(0.0f); }
+  __attribute__((always_inline)) Lanes at(std::int64_t) const { return value(); }
+  __attribute__((always_inline)) Lanes some(std::int64_t, std::int64_t) const { return value(); }
+};
+
+// c exps_j, the scratch being padded by kLanes.
+struct Scaled {
+  const float* exps;
+  Lanes c;
+  __attribute__((always_inline)) Lanes at(std::int64_t j) const { return mul(c, load(exps + j)); }
+  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t) const { return at(j); }
+};
+
+// p (a + b log p); where p is 0 for q = -inf, log p is held finite.
+IRL_INLINE Lanes weigh(Lanes p, Lanes log_p, Lanes a, Lanes b) {
+  return mul(p, muladd(b, max_or_second(splat(kExpZero), log_p), a));
+}
+
+template <class T>
+struct ScaledEntropy {
+  const float* exps;
+  const T* q;
+  Lanes c, max, log_sum, a, b;
+  __attribute__((always_inline)) Lanes from(std::int64_t j, Lanes x) const {
+    return weigh(mul(c, load(exps + j)), sub(sub(x, max), log_sum), a, b);
+  }
+  __attribute__((always_inline)) Lanes at(std::int64_t j) const { return from(j, load(q + j)); }
+  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t n) const {
+    return from(j, load_some(q + j, n, 0.0f));
+  }
+};
+
+template <class T>
+struct Direct {
+  const T* q;
+  Lanes max, log_sum, a, b;
+  __attribute__((always_inline)) Lanes from(Lanes x) const {
+    const Lanes log_p = sub(sub(x, max), log_sum);
+    return zero_at_minus_inf(weigh(exp_ranged(exp_range(log_p)), log_p, a, b), x);
+  }
+  __attribute__((always_inline)) Lanes at(std::int64_t j) const {
+    prefetch(q + j);
+    return from(load(q + j));
+  }
+  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t n) const {
+    return from(load_some(q + j, n, 0.0f));
+  }
+};
+
+template <class T>
+struct Multiplied {
+  const T* y;
+  Lanes factor;
+  __attribute__((always_inline)) Lanes at(std::int64_t j) const {
+    prefetch(y + j);
+    return mul(factor, load(y + j));
+  }
+  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t n) const {
+    return mul(factor, load_some(y + j, n, 0.0f));
+  }
+};
+
+// y_j = row_j for begin <= j < end. Each element is read before it is written, so y may be q.
+template <class T, class Row>
+IRL_INLINE void fill(T* y, std::int64_t begin, std::int64_t end, const Row& row, Stores stores) {
+  std::int64_t j = begin;
+  if (stores == Stores::streamed) {
+    constexpr std::int64_t kLine = 64 / sizeof(T);
+    std::int64_t head = -(reinterpret_cast<std::intptr_t>(y + j) / std::intptr_t{sizeof(T)});
+    head &= kLine - 1;
+    if (head > end - j) head = end - j;
+    for (const std::int64_t aligned = j + head; j < aligned;) {
+      const std::int64_t n = aligned - j < kLanes ? aligned - j : kLanes;
+      store_some(y + j, n, row.some(j, n));
+      j += n;
+    }
+    for (; j + kLine <= end; j += kLine)
+      for (std::int64_t k = 0; k < kLine; k += kLanes) stream(y + j + k, row.at(j + k));
+    end_streams();
+  }
+  for (; j + 4 * kLanes <= end; j += 4 * kLanes)
+    for (std::int64_t k = 0; k < 4 * kLanes; k += kLanes) store(y + j + k, row.at(j + k));
+  for (; j + kLanes <= end; j += kLanes) store(y + j, row.at(j));
+  if (j < end) store_some(y + j, end - j, row.some(j, end - j));
+}
+
+// The entries of the table.
+
+template <class T>
+RowSums scan_row(const void* q, std::int64_t vocab, bool entropy, float* exps, Segment* segments) {
+  const T* x = static_cast<const T*>(q);
+  if (exps)
+    return entropy ? scan<T, true, true>(x, vocab, exps, segments)
+                   : scan<T, false, true>(x, vocab, exps, segments);
+  return entropy ? scan<T, true, false>(x, vocab, exps, segments)
+                 : scan<T, false, false>(x, vocab, exps, segments);
+}
+
+// Traffic: one write of y; exps and q come from the cache.
+template <class T>
+void write_scanned(const void* q, void* y, std::int64_t vocab, const float* exps,
+                   const Segment* segments, const RowSums& sums, double log_sum, double a, float b,
+                   Stores stores) {
+  for (std::int64_t s = 0; s < sums.segments; ++s) {
+    const std::int64_t begin = segments[s].begin;
+    const std::int64_t end = s + 1 < sums.segments ? segments[s + 1].begin : vocab;
+    // exp(q - max) / sum = exp(q - reference) exp(reference - max) / sum
+    const double change = static_cast<double>(segments[s].reference) - static_cast<double>(sums.max);
+    const double share = __builtin_exp(change) / sums.sum;
+    if (b == 0.0f) {
+      fill(static_cast<T*>(y), begin, end, Scaled{exps, splat(static_cast<float>(a * share))},
+           stores);
+    } else {
+      const ScaledEntropy<T> row = {exps,
+                                    static_cast<const T*>(q),
+                                    splat(static_cast<float>(share)),
+                                    splat(sums.max),
+                                    splat(static_cast<float>(log_sum)),
+                                    splat(static_cast<float>(a)),
+                                    splat(b)};
+      fill(static_cast<T*>(y), begin, end, row, stores);
+    }
+  }
+}
+
+// Traffic: one read of q, one write of y.
+template <class T>
+void write(const void* q, void* y, std::int64_t vocab, float max, float log_sum, float a, float b,
+           Stores stores) {
+  const Direct<T> row = {static_cast<const T*>(q), splat(max), splat(log_sum), splat(a), splat(b)};
+  fill(static_cast<T*>(y), 0, vocab, row, stores);
+}
+
+// Traffic: one write of y.
+template <class T>
+void clear(void* y, std::int64_t vocab, Stores stores) {
+  fill(static_cast<T*>(y), 0, vocab, Zero{}, stores);
+}
+
+// Traffic: one read and one write of y; cached stores, because the read has brought the lines in.
+template <class T>
+void scale_row(void* y, std::int64_t vocab, float factor) {
+  fill(static_cast<T*>(y), 0, vocab, Multiplied<T>{static_cast<const T*>(y), splat(factor)},
+       Stores::cached);
+}
+
+template <class T>
+constexpr RowLoops kLoops = {scan_row<T>, write_scanned<T>, write<T>, clear<T>, scale_row<T>};
+
+bool supported() { return IRL_SUPPORTED; }
+
+}  // namespace
+
+#define IRL_TEXT(name) #name
+#define IRL_NAME(name) IRL_TEXT(name)
+extern const Isa isa;
+const Isa isa = {IRL_NAME(IRL_ISA), supported, {kLoops<float>, kLoops<BFloat16>, kLoops<Float16>}};
+
+}  // namespace IRL_ISA
+}  // namespace irl

@@ -1,0 +1,170 @@
+// The row kernels: the rules for labels and coefficients, around the loops of isa.h.
+#include "rows.h"
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "element.h"
+#include "pages.h"
+#include "threads.h"
+
+namespace irl {
+
+namespace {
+
+constexpr std::int64_t kStreamedRow = 4096;  // bytes; shorter rows leave too many partial lines
+
+const char* row_at(const void* base, const Rows& rows, std::int64_t row) {
+  return static_cast<const char*>(base) + rows.layout.offset(row) * size_of(rows.dtype);
+}
+
+char* row_at(void* base, const Rows& rows, const Layout& layout, std::int64_t row) {
+  return static_cast<char*>(base) + layout.offset(row) * size_of(rows.dtype);
+}
+
+// In place the lines are in the cache already, and streaming would only evict them early.
+Stores choose_stores(const void* logits, void* dlogits, const Rows& rows, const Layout& layout) {
+  const std::int64_t count = rows.layout.rows(), bytes = rows.vocab * size_of(rows.dtype);
+  if (count == 0 || bytes < kStreamedRow || logits == dlogits) return Stores::cached;
+  const auto [low, high] = layout.span();
+  char* begin = static_cast<char*>(dlogits) + low * size_of(rows.dtype);
+  const std::int64_t span = (high - low) * size_of(rows.dtype) + bytes;
+  if (span > 2 * count * bytes) return Stores::cached;  // mostly gaps, which are not ours
+  return prepare_output(begin, span) ? Stores::streamed : Stores::cached;
+}
+
+// What scan leaves for the write of the same row: private to a thread, kept in its L2.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t vocab)
+      : exps_(static_cast<float*>(::operator new(
+            static_cast<std::size_t>(vocab + kLanes) * sizeof(float), std::align_val_t{64}))),
+        segments_(static_cast<std::size_t>(vocab / kBlock + 1)) {}
+  ~Scratch() { ::operator delete(exps_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* exps() { return exps_; }
+  Segment* segments() { return segments_.data(); }
+
+ private:
+  float* exps_;
+  std::vector<Segment> segments_;
+};
+
+double log_sum(const RowSums& sums) { return std::log(sums.sum); }
+
+// No mass, as in a row of -inf: the empty sum of p log p.
+double entropy_of(const RowSums& sums) {
+  return sums.sum == 0 ? 0.0 : log_sum(sums) - sums.weighted / sums.sum;
+}
+
+float label_logit_of(const Rows& rows, const char* q, std::int64_t label) {
+  if (label < 0) return 0.0f;
+  if (label >= rows.vocab) return std::numeric_limits<float>::quiet_NaN();
+  return read_element(rows.dtype, q + label * size_of(rows.dtype));
+}
+
+// coefficient * x, a zero coefficient giving 0 whatever x is.
+double term(float coefficient, double x) {
+  return coefficient == 0 ? 0.0 : static_cast<double>(coefficient) * x;
+}
+
+}  // namespace
+
+void row_stats(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+               const std::int64_t* labels, float* row_max, float* logsum, float* label_logit,
+               float* entropy) {
+  const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
+  const std::int64_t count = rows.layout.rows();
+  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const char* q = row_at(logits, rows, i);
+      const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, nullptr, nullptr);
+      row_max[i] = sums.max;
+      logsum[i] = static_cast<float>(log_sum(sums));
+      label_logit[i] = label_logit_of(rows, q, labels[i]);
+      if (entropy) entropy[i] = static_cast<float>(entropy_of(sums));
+    }
+  });
+}
+
+void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+              const std::int64_t* labels, const float* row_max, const float* logsum,
+              const float* a, const float* b, const float* c, void* dlogits,
+              const Layout& dlogits_layout) {
+  const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
+  const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
+  const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
+  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const char* q = row_at(logits, rows, i);
+      char* y = row_at(dlogits, rows, dlogits_layout, i);
+      const bool labelled = labels[i] >= 0 && labels[i] < rows.vocab;
+      const bool empty = a[i] == 0 && b[i] == 0;
+      // Read before y, which may be q, is written.
+      const float picked = labelled && !empty ? label_logit_of(rows, q, labels[i]) : 0.0f;
+      if (empty)
+        loops.clear(y, rows.vocab, stores);
+      else
+        loops.write(q, y, rows.vocab, row_max[i], logsum[i], a[i], b[i], stores);
+      if (!labelled) continue;
+      double value = c[i];
+      if (!empty && !(picked == -HUGE_VALF)) {
+        const double log_p = (static_cast<double>(picked) - row_max[i]) - logsum[i];
+        value += std::exp(log_p) * (a[i] + b[i] * log_p);
+      }
+      write_element(rows.dtype, y + labels[i] * size, static_cast<float>(value));
+    }
+  });
+}
+
+void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+                    const float* alpha, const float* beta, const float* entropy_weight,
+                    float* row_max, float* logsum, float* entropy, void* dlogits,
+                    const Layout& dlogits_layout) {
+  const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
+  const std::int64_t count = rows.layout.rows();
+  const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
+  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+    Scratch scratch(rows.vocab);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const char* q = row_at(logits, rows, i);
+      char* y = row_at(dlogits, rows, dlogits_layout, i);
+      // Read before row_max, which may be the same memory, is written.
+      const float b = entropy_weight ? entropy_weight[i] : 0.0f;
+      const float alpha_i = alpha[i], beta_i = beta[i];
+      const bool empty = alpha_i == 0 && beta_i == 0 && b == 0;
+      const RowSums sums = loops.scan(q, rows.vocab, entropy || b != 0,
+                                      empty ? nullptr : scratch.exps(), scratch.segments());
+      const double log_s = log_sum(sums), h = entropy || b != 0 ? entropy_of(sums) : 0.0;
+      const double a = alpha_i + term(beta_i, sums.max + log_s) + term(b, h);
+      row_max[i] = sums.max;
+      logsum[i] = static_cast<float>(log_s);
+      if (entropy) entropy[i] = static_cast<float>(h);
+
+      if (static_cast<float>(a) == 0 && b == 0)
+        loops.clear(y, rows.vocab, stores);
+      else if (std::isfinite(a / sums.sum))
+        loops.write_scanned(q, y, rows.vocab, scratch.exps(), scratch.segments(), sums, log_s, a, b,
+                            stores);
+      else  // NaN, inf or no mass: the slow way keeps 0 where q is -inf
+        loops.write(q, y, rows.vocab, sums.max, static_cast<float>(log_s), static_cast<float>(a), b,
+                    stores);
+    }
+  });
+}
+
+void scale(const Isa& isa, std::int64_t threads, const Rows& rows, void* dlogits, float factor) {
+  if (factor == 1) return;
+  const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
+  const std::int64_t count = rows.layout.rows();
+  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      loops.scale(row_at(dlogits, rows, rows.layout, i), rows.vocab, factor);
+  });
+}
+
+}  // namespace irl
