@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#4d4d4d", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+MARKERS = "osD^vP"
 
 
 @dataclass
@@ -121,7 +123,7 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
             f"{facts['prompts']} prompts, cut at {facts['max_new_tokens']} tokens; reference "
             f"completions have {facts['reference_length']:.1f}. Loss: forward and backward on "
             f"{facts['loss_rows']} x {facts['vocab_size']} logits, median; memory held at most "
-            "beside the logits. MLE is the loss that Transformers comes with."
+            "beside the logits. The loss of MLE is the one that Transformers comes with."
         ),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -157,54 +159,59 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
 
 def read_the_numbers(runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]:
     """Say in words what the table shows, and what it does not."""
-    best = min(runs, key=lambda r: r.nll)
-    worst = max(runs, key=lambda r: r.nll)
-    diverse = min(runs, key=lambda r: r.self_bleu)
-    small = min(runs, key=lambda r: r.td)
-    short = min(runs, key=lambda r: r.length)
-    long = max(runs, key=lambda r: r.length)
-    said = []
-    if len(runs) > 1:
-        said = [
-            f"Held-out NLL is lowest with {best.name} ({best.nll:.3f}) and highest with "
-            f"{worst.name} ({worst.nll:.3f}).",
-            f"The TD residual is smallest with {small.name} ({small.td:.2f} squared, on average).",
-            f"Self-BLEU is lowest, that is samples differ most, with {diverse.name} "
-            f"({diverse.self_bleu:.1f}). Samples have {short.length:.1f} ({short.name}) to "
-            f"{long.length:.1f} ({long.name}) tokens; Self-BLEU moves with length as well.",
-        ]
     return [
-        *said,
+        f"Held-out NLL: {extremes(runs, 'nll', '.3f')}.",
+        f"Squared TD residual: {extremes(runs, 'td', '.2f')}.",
+        f"Self-BLEU: {extremes(runs, 'self_bleu', '.1f')}. Lower is more diverse, but Self-BLEU "
+        "also moves with the length of the samples.",
+        f"Length of the samples: {extremes(runs, 'length', '.1f')}.",
         f"One seed ({facts['seed']}), {facts['parameters'] / 1e6:.2f} M parameters, "
         f"{facts['held_out']} held-out completions: this shows how to run the comparison. "
         "It does not say which loss is better for a model or data of another size.",
     ]
 
 
+def extremes(runs: Sequence[Run], measure: str, digits: str) -> str:
+    """Name the runs with the lowest and the highest value of a measure."""
+    ordered = sorted(runs, key=lambda run: getattr(run, measure))
+    low, high = (f"{getattr(run, measure):{digits}}" for run in (ordered[0], ordered[-1]))
+    if low == high:
+        return f"{low} with every loss"
+    return f"lowest with {ordered[0].name} ({low}), highest with {ordered[-1].name} ({high})"
+
+
 def draw(runs: Sequence[Run], facts: Mapping[str, Any], path: Path) -> None:
     """Draw the learning curves and, beside them, likelihood against diversity."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for r, colour in zip(runs, COLOURS * len(runs), strict=False):
-        steps, nll = zip(*r.curve, strict=True)
-        left.plot(steps, nll, color=colour, marker="o", markersize=3.5, label=r.name)
-        right.plot(r.self_bleu, r.nll, color=colour, marker="o", markersize=9, linestyle="none")
-        right.annotate(
-            f"{r.name}\n{r.length:.0f} tokens",
-            (r.self_bleu, r.nll),
-            xytext=(10, 0),
-            textcoords="offset points",
-            va="center",
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for run, colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
+        steps, nll = zip(*run.curve, strict=True)
+        left.plot(steps, nll, color=colour, marker=marker, markersize=4, label=run.name)
+        right.plot(
+            run.self_bleu,
+            run.nll,
             color=colour,
+            marker=marker,
+            markersize=10,
+            linestyle="none",
+            label=f"{run.name}: {run.length:.1f} tokens",
         )
-    left.set(xlabel="fine-tuning step", ylabel="held-out NLL (nats a token)")
+    left.set(xlabel="fine-tuning step", ylabel="held-out NLL (nats per token)")
     left.set_title("Learning curves", loc="left")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(frameon=False)
-    right.set(xlabel="Self-BLEU (left: samples differ more)", ylabel="held-out NLL (down: better)")
-    right.set_title("Likelihood and diversity, with mean length of the samples", loc="left")
-    right.margins(x=0.35, y=0.25)
+    right.set(xlabel="Self-BLEU (lower: more diverse)", ylabel="held-out NLL (lower: better)")
+    right.set_title("Likelihood and diversity", loc="left")
+    right.margins(0.25)
+    right.legend(title="mean length of the samples", loc="best")
     for axes in (left, right):
         axes.grid(alpha=0.25)
+    figure.suptitle(
+        f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['data']}, one seed",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color="#666666",
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)

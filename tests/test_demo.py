@@ -244,7 +244,8 @@ def test_the_words_follow_the_numbers():
         report.Run(lam=0.1, nll=2.5, td=1.0, self_bleu=3.0, length=20.0, **common),
     ]
     facts = {"seed": 0, "parameters": 1_000_000, "held_out": 5}
-    words = " ".join(report.read_the_numbers(runs, facts))
-    assert "lowest with MLE (2.000) and highest with IQLearn λ=0.1 (2.500)" in words
-    assert "smallest with IQLearn λ=0.1 (1.00" in words
-    assert "10.0 (MLE) to 20.0 (IQLearn λ=0.1) tokens" in words
+    words = "\n".join(report.read_the_numbers(runs, facts))
+    assert "NLL: lowest with MLE (2.000), highest with IQLearn λ=0.1 (2.500)." in words
+    assert "residual: lowest with IQLearn λ=0.1 (1.00), highest with MLE (9.00)." in words
+    assert "samples: lowest with MLE (10.0), highest with IQLearn λ=0.1 (20.0)." in words
+    assert "NLL: 2.000 with every loss." in report.read_the_numbers(runs[:1], facts)[0]
