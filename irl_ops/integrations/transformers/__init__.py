@@ -1,0 +1,18 @@
+"""IQLearn in Hugging Face Transformers: models, the Trainer and its logs.
+
+The model's own loss becomes IQLearn, in a Trainer and in a plain loop alike::
+
+    model = apply_iqlearn(model, lam=0.1)
+    Trainer(model, args, train_dataset=data, callbacks=[IQLearnCallback()]).train()
+
+``iqlearn_loss_func`` is for a model that should stay as it is. Both give sum / num_items_in_batch,
+for which the Trainer counts the labels of the whole accumulated batch over all ranks, and the mean
+over the labelled rows where nobody counts. ``eval_loss`` is then the training loss as well; the
+perplexity is exp(eval_nll), and ``IQLearnCallback`` logs that nll.
+"""
+
+from irl_ops.integrations.transformers.callbacks import IQLearnCallback, LamScheduleCallback
+from irl_ops.integrations.transformers.loss import iqlearn_loss_func
+from irl_ops.integrations.transformers.model import apply_iqlearn
+
+__all__ = ["IQLearnCallback", "LamScheduleCallback", "apply_iqlearn", "iqlearn_loss_func"]

@@ -1,0 +1,139 @@
+"""Trainer callbacks: the metrics in the logs, the checks, and the schedule of ``lam``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_callback import TrainerCallback
+
+from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss, OutputsLoss
+from irl_ops.integrations.transformers.model import applied_loss, transformers_model
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class IQLearnCallback(TrainerCallback):
+    """Logs "nll", "td", "value", "reward" (and "entropy"), and checks that IQLearn is what trains.
+
+    The metrics are means over the labelled tokens of the logging window, over all ranks; those of
+    an evaluation have the prefix of its loss ("eval_nll"). They reach
+    ``trainer.state.log_history``, the console, what ``evaluate`` and ``predict`` return, and
+    ``metric_for_best_model``. The Trainer calls its reporters (TensorBoard, W&B) before any
+    callback in ``callbacks=``: use ``attach`` to put this one in front of them.
+
+    Args:
+        loss_func: what ``iqlearn_loss_func`` returned. None: the model is one of ``apply_iqlearn``.
+
+    Raises:
+        TypeError: another ``loss_func``.
+        ValueError: when training starts, for ``label_smoothing_factor`` other than 0,
+            ``nn.DataParallel``, sequences that are split over ranks, or a model without IQLearn.
+        RuntimeError: before an update in which IQLearn was not called.
+    """
+
+    def __init__(self, loss_func: Callable[..., Tensor] | None = None) -> None:
+        if not (loss_func is None or isinstance(loss_func, OutputsLoss)):
+            raise TypeError(f"loss_func={loss_func!r}; accepted: None or an iqlearn_loss_func(...)")
+        self.loss_func = loss_func
+
+    def attach(self, trainer: Trainer) -> None:
+        """Puts this callback before all others of ``trainer``: reporters then see the metrics."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuses what would train something else without a word."""
+        if args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor}: the Trainer would smooth a "
+                "cross-entropy of its own, or ignore this; accepted: 0"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(DATA_PARALLEL)
+        split = getattr(args, "parallelism_config", None)
+        for name in ("cp_size", "sp_size"):
+            if getattr(split, name, 1) > 1:
+                raise ValueError(
+                    f"parallelism_config.{name}={getattr(split, name)} splits sequences over "
+                    "ranks, and the TD term needs the next row; accepted: 1"
+                )
+        loss = self._loss(kwargs["model"])
+        loss.reset()
+        if self.loss_func is not None:
+            loss.watch_ends(getattr(kwargs["model"], "config", None))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops before an update that IQLearn had no part in."""
+        loss = self._loss(kwargs["model"])
+        if not loss.called:
+            raise RuntimeError(
+                "IQLearn was not called in this step: something trains with a loss of its own "
+                "(Liger's fused cross-entropy, TRL's SFTTrainer, Unsloth, a Trainer's own "
+                "compute_loss). Turn that off, or call irl_ops.torch.iqlearn_loss there"
+            )
+        loss.called = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds the metrics to ``logs``, and to the copy that the Trainer has already stored."""
+        metrics = self._metrics(logs or {}, kwargs["model"])
+        if metrics:
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_predict(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Adds the metrics to those that ``predict`` returns."""
+        metrics.update(self._metrics(metrics, kwargs["model"]))
+
+    def _metrics(self, logs: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
+        for key in logs:
+            if key.endswith("loss") and key != "train_loss":  # that sums up a finished training
+                return self._loss(model).drain(key.removesuffix("loss"))
+        return {}
+
+    def _loss(self, model: torch.nn.Module) -> Loss:
+        if isinstance(self.loss_func, OutputsLoss):
+            return self.loss_func
+        from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+
+        loss = applied_loss(transformers_model(extract_model_from_parallel(model)))
+        if loss is None:
+            raise ValueError(
+                "the model has no IQLearn loss: call apply_iqlearn(model, ...) first, or give "
+                "IQLearnCallback the iqlearn_loss_func(...) that compute_loss_func has"
+            )
+        return loss
+
+
+class LamScheduleCallback(TrainerCallback):
+    """Sets ``lam`` from a schedule before every step, and logs it; nothing is compiled again.
+
+    Args:
+        lam: the 0-d floating tensor that was given as ``lam`` to ``apply_iqlearn`` or
+            ``iqlearn_loss_func``.
+        schedule: a function of the optimiser step, such as
+            ``functools.partial(irl_ops.schedules.warmup_ramp, lam=0.1, warmup_steps=500)``.
+
+    Raises:
+        TypeError: ``lam`` is something else.
+    """
+
+    def __init__(self, lam: Tensor, schedule: Callable[[int], float]) -> None:
+        if not (isinstance(lam, Tensor) and lam.ndim == 0 and lam.is_floating_point()):
+            raise TypeError(f"lam={lam!r}; accepted: the 0-d floating tensor that the loss has")
+        self.lam = lam
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sets ``lam`` for all micro-batches of the step."""
+        self.lam.fill_(self.schedule(state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds "lam", that of the last step, to the training logs."""
+        if logs and "loss" in logs:
+            logs["lam"] = state.log_history[-1]["lam"] = self.lam.item()

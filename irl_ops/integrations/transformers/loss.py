@@ -1,0 +1,166 @@
+"""``iqlearn_loss`` as Transformers calls losses, with running metrics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irl_ops.torch import iqlearn_loss
+
+# The options of iqlearn_loss that hold for a whole run; the others belong to a batch.
+OPTIONS = "lam gamma entropy_coef ignore_index eos_token_id boundary detach_next inplace backend"
+
+DATA_PARALLEL = (
+    "nn.DataParallel (n_gpu > 1 in one process) would scale the loss by n_gpu; accepted: one "
+    "process for each GPU (torchrun), or one visible GPU"
+)
+
+
+def iqlearn_loss_func(*, shift: bool = True, **options: Any) -> Callable[..., Tensor]:
+    """A ``compute_loss_func`` for the Trainer; the model stays as it is.
+
+    It sees logits and labels and nothing else: packed documents are told apart by the labels alone,
+    so each document's first label must be -100. Label smoothing and a router's auxiliary loss do
+    not reach it. ``apply_iqlearn`` knows more.
+
+    Args:
+        shift: True for decoders. False for encoder-decoders, whose collator must then provide
+            ``decoder_input_ids`` (``DataCollatorForSeq2Seq(tokenizer, model=model)``), and for
+            labels that were shifted beforehand.
+        **options: as for ``apply_iqlearn``.
+
+    Returns:
+        ``f(outputs, labels, num_items_in_batch=None)``, the loss as a 0-d float32 tensor:
+        sum / num_items_in_batch (a number, or a tensor with one element), or the mean over the
+        labelled rows where that is None.
+
+    Raises:
+        TypeError: an unknown option, or one that belongs to a batch.
+        ValueError: an option's value. The function itself raises it for the outputs of an
+            encoder-decoder with ``shift=True``, for those with a router's auxiliary loss, and
+            without logits or labels.
+    """
+    return OutputsLoss(shift, checked("iqlearn_loss_func", options))
+
+
+def checked(caller: str, options: dict[str, Any]) -> dict[str, Any]:
+    """``options``, once the loss has accepted their values on two rows."""
+    for name in options:
+        if name not in OPTIONS.split():
+            raise TypeError(f"{caller} has no option {name!r}; accepted: {OPTIONS}")
+    plain = {
+        name: value
+        for name, value in options.items()
+        if name not in ("inplace", "backend") and not isinstance(value, Tensor)  # device-bound
+    }
+    iqlearn_loss(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long), **plain)
+    return options
+
+
+class Loss:
+    """``iqlearn_loss`` with its options, and sums of its metrics that stay on the device."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.called = False
+        self._names: list[str] = []
+        self._sums: dict[bool, Tensor] = {}  # by whether gradients were recorded
+        self._masked_ends: list[int] = []
+
+    def compute(self, logits: Tensor, labels: Tensor, num_items: Any, **batch: Any) -> Tensor:
+        """The loss of a batch; ``batch`` holds its ``shift`` and ``segment_ids``."""
+        if isinstance(num_items, Tensor):
+            if num_items.ndim > 1 or num_items.numel() != 1:  # spread over GPUs by the Trainer
+                raise ValueError(DATA_PARALLEL)
+            num_items = num_items.to(logits.device).reshape(())
+        labels = labels.to(logits.device)  # a model spread over devices has its head elsewhere
+        if self._masked_ends and not torch.compiler.is_compiling():
+            self._warn_of_masked_ends(labels)
+        loss, metrics = iqlearn_loss(
+            logits, labels, num_items=num_items, return_metrics=True, **batch, **self.options
+        )
+        self.called = True
+        self._record(dict(metrics))
+        return loss
+
+    def _record(self, metrics: dict[str, Tensor]) -> None:
+        tokens = metrics.pop("tokens")
+        self._names = list(metrics)
+        means = torch.stack([*metrics.values(), torch.ones_like(tokens)])
+        sums = torch.where(tokens > 0, means * tokens, 0.0)
+        training = torch.is_grad_enabled()
+        if training in self._sums:
+            sums = self._sums[training] + sums
+        self._sums[training] = sums
+
+    def drain(self, prefix: str) -> dict[str, float]:
+        """The means since the last call, of training ("") or of an evaluation ("eval_")."""
+        sums = self._sums.pop(prefix == "", None)
+        if sums is None:
+            return {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        *totals, tokens = sums.tolist()
+        if tokens == 0:
+            return {}
+        named = zip(self._names, totals, strict=True)
+        return {prefix + name: total / tokens for name, total in named}
+
+    def reset(self) -> None:
+        """Forgets what was recorded."""
+        self.called = False
+        self._sums.clear()
+
+    def watch_ends(self, config: Any) -> None:
+        """Looks once for end tokens in the labels, if padding with one may have masked them all."""
+        ends = self.options.get("eos_token_id")
+        if ends is None:
+            ends = getattr(config, "eos_token_id", None)
+        ids = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        self._masked_ends = ids if getattr(config, "pad_token_id", None) in ids else []
+
+    def _warn_of_masked_ends(self, labels: Tensor) -> None:
+        ends, self._masked_ends = self._masked_ends, []  # once: it waits for the device
+        if not torch.isin(labels, torch.tensor(ends, device=labels.device)).any():
+            warnings.warn(
+                f"the labels hold no end token ({ends}), and pad_token_id is one: masking the "
+                "padding has masked the ends as well, so the model does not learn to stop, and the "
+                "TD term takes the token before for the last one. Use a pad token of its own, or "
+                "mask labels by attention_mask",
+                stacklevel=3,
+            )
+
+
+class OutputsLoss(Loss):
+    """What ``iqlearn_loss_func`` returns."""
+
+    def __init__(self, shift: bool, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.shift = shift
+
+    def __call__(
+        self, outputs: Mapping[str, Any], labels: Tensor | None, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of the model's outputs."""
+        if labels is None:
+            raise ValueError("labels=None; accepted: the labels of the batch")
+        if not isinstance(outputs, Mapping) or outputs.get("logits") is None:
+            raise ValueError(
+                f"outputs={type(outputs).__name__} without logits; accepted: a ModelOutput"
+            )
+        if self.shift and "encoder_last_hidden_state" in outputs:
+            raise ValueError(
+                "shift=True with the outputs of an encoder-decoder, whose labels are aligned; "
+                "accepted: iqlearn_loss_func(shift=False, ...)"
+            )
+        for key in outputs:
+            if key.endswith(("aux_loss", "z_loss")):
+                raise ValueError(
+                    f"outputs.{key}: a router's loss would be dropped; accepted: "
+                    "apply_iqlearn(model, ...), which keeps it, or output_router_logits=False"
+                )
+        return self.compute(outputs["logits"], labels, num_items_in_batch, shift=self.shift)
