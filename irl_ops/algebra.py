@@ -251,7 +251,7 @@ class Statistics(NamedTuple):
     value: Array  # V_t = logsumexp(q_t)
     label_logit: Array  # q_t[a_t]; 0 without a label
     logprob: Array  # log pi_t; 0 without a label
-    entropy: Array | None
+    entropy: Array  # H_t; None where it was not computed
 
 
 class Transition(NamedTuple):

@@ -193,5 +193,5 @@ def _check_derivatives(logits: Tensor) -> None:
             "irl_ops: torch.func transforms (grad, vjp, jvp, jacrev) are not implemented; use "
             "loss.backward() or torch.autograd.grad"
         )
-    if unpack_dual(logits).tangent is not None:
+    if unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError("irl_ops: forward-mode derivatives are not implemented")

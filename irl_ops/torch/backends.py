@@ -21,9 +21,8 @@ def available_backends() -> tuple[str, ...]:
 
     Any of them can be given as ``backend=`` to the functions of this package.
     """
-    devices = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        devices.append(torch.device(torch.accelerator.current_accelerator()))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [torch.device("cpu"), *([accelerator] if accelerator else [])]
     return tuple(
         name
         for name, backend in BACKENDS.items()

@@ -291,9 +291,9 @@ def online_iqlearn_loss(
         raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
     arguments.check_logits(logits, labels)
     arguments.check_flags("is_expert", is_expert, labels)
-    terms = dict(is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma)
+    objective = algebra.online_iqlearn_objective
     return _loss(
-        partial(algebra.online_iqlearn_objective, **terms),
+        partial(objective, is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma),
         logits,
         labels,
         sequence=dict(
@@ -443,8 +443,9 @@ def _loss(
     # A float16 gradient waits for the backward pass, so that the factor of a GradScaler reaches it
     # before it is rounded: 1/N alone underflows.
     at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
+    total: Tensor
     if differentiable and at_once:
-        total, value, logprob, entropy, *transition = SinglePass.apply(
+        total, value, logprob, entropy, *transition = SinglePass.apply(  # type: ignore[no-untyped-call]
             logits,
             None if values is None else values.float(),
             None if next_values is None else next_values.float(),
@@ -491,8 +492,9 @@ def _prepare(
 def _statistics(
     logits: Tensor, rows: algebra.Rows, entropy: bool, backend: str
 ) -> algebra.Statistics:
-    *stats, h = ops.row_stats(logits, rows.labels, entropy, backend)
-    return algebra.statistics(xp, rows.labels, *stats, h if entropy else None)
+    row_max, logsum, label_logit, h = ops.row_stats(logits, rows.labels, entropy, backend)
+    h = h if entropy else None
+    return algebra.statistics(xp, rows.labels, row_max, logsum, label_logit, h)
 
 
 def _transition(

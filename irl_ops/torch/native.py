@@ -28,9 +28,10 @@ def row_stats(
     """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
     row_max, logsum, label_logit = (_row_vector(logits) for _ in range(3))
     h = _row_vector(logits) if entropy else None
+    labels = labels.contiguous()  # under a name of its own, so that it lives through the call
     _native.row_stats(
         *_rows(logits),
-        _address(labels.contiguous()),
+        _address(labels),
         _address(row_max),
         _address(logsum),
         _address(label_logit),
@@ -51,10 +52,16 @@ def row_grad(
     dlogits: Tensor,
 ) -> None:
     """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
-    vectors = [x.contiguous() for x in (labels, row_max, logsum, a, b, c)]
+    labels, row_max, logsum = labels.contiguous(), row_max.contiguous(), logsum.contiguous()
+    a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
     _native.row_grad(
         *_rows(logits),
-        *map(_address, vectors),
+        _address(labels),
+        _address(row_max),
+        _address(logsum),
+        _address(a),
+        _address(b),
+        _address(c),
         _address(dlogits),
         dlogits.stride()[:-1],
         torch.get_num_threads(),
@@ -67,10 +74,14 @@ def row_stats_grad(
     """``(row_max, logsum, entropy)``; writes the gradient into ``dlogits``, which may be logits."""
     row_max, logsum = _row_vector(logits), _row_vector(logits)
     entropy = None if entropy_weight is None else _row_vector(logits)
-    vectors = [None if x is None else x.contiguous() for x in (alpha, beta, entropy_weight)]
+    alpha, beta = alpha.contiguous(), beta.contiguous()
+    if entropy_weight is not None:
+        entropy_weight = entropy_weight.contiguous()
     _native.row_stats_grad(
         *_rows(logits),
-        *map(_address, vectors),
+        _address(alpha),
+        _address(beta),
+        _address(entropy_weight),
         _address(row_max),
         _address(logsum),
         _address(entropy),

@@ -17,15 +17,16 @@ def row_stats(
     logits: Tensor, labels: Tensor, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, logsum, label_logit, entropy)``, float32; entropy is empty unless asked for."""
-    *stats, h = BACKENDS[backend].row_stats(logits, labels, entropy)
-    return *stats, _or_empty(logits, h)
+    row_max, logsum, label_logit, h = BACKENDS[backend].row_stats(logits, labels, entropy)
+    return row_max, logsum, label_logit, _or_empty(logits, h)
 
 
 @row_stats.register_fake
 def _(
     logits: Tensor, labels: Tensor, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *(_row_vector(logits) for _ in range(3)), _or_empty(logits, None, entropy)
+    row_max, logsum, label_logit = (_row_vector(logits) for _ in range(3))
+    return row_max, logsum, label_logit, _or_empty(logits, None, entropy)
 
 
 @torch.library.custom_op("irl_ops::row_grad", mutates_args=())
@@ -65,8 +66,10 @@ def row_stats_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, logsum, entropy, dlogits)`` in one read and one write of ``[..., T, V]``."""
     dlogits = torch.empty_like(logits)
-    *stats, h = BACKENDS[backend].row_stats_grad(logits, alpha, beta, entropy_weight, dlogits)
-    return *stats, _or_empty(logits, h), dlogits
+    row_max, logsum, h = BACKENDS[backend].row_stats_grad(
+        logits, alpha, beta, entropy_weight, dlogits
+    )
+    return row_max, logsum, _or_empty(logits, h), dlogits
 
 
 @row_stats_grad.register_fake
@@ -82,8 +85,10 @@ def row_stats_grad_(
     logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(row_max, logsum, entropy)``; the gradient takes the place of the logits."""
-    *stats, h = BACKENDS[backend].row_stats_grad(logits, alpha, beta, entropy_weight, logits)
-    return *stats, _or_empty(logits, h)
+    row_max, logsum, h = BACKENDS[backend].row_stats_grad(
+        logits, alpha, beta, entropy_weight, logits
+    )
+    return row_max, logsum, _or_empty(logits, h)
 
 
 @row_stats_grad_.register_fake

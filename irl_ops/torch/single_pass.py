@@ -24,15 +24,19 @@ class Kernels:
 
     def label_logit(self, logits: Tensor, labels: Tensor) -> Tensor:
         """``q[label]``, before anything is overwritten."""
-        return ops.label_logit(logits, labels)
+        picked: Tensor = ops.label_logit(logits, labels)
+        return picked
 
     def row_stats_grad(
         self, logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradient in the logits' own storage, or in its own."""
-        if not self.inplace:
-            return ops.row_stats_grad(logits, alpha, beta, entropy_weight, self.backend)
-        return *ops.row_stats_grad_(logits, alpha, beta, entropy_weight, self.backend), logits
+        """The gradient in the logits' storage, or in one of its own."""
+        arguments = (logits, alpha, beta, entropy_weight, self.backend)
+        if self.inplace:
+            row_max, logsum, entropy = ops.row_stats_grad_(*arguments)
+            return row_max, logsum, entropy, logits
+        row_max, logsum, entropy, dlogits = ops.row_stats_grad(*arguments)
+        return row_max, logsum, entropy, dlogits
 
     def set_label(self, dlogits: Tensor, labels: Tensor, elements: Tensor) -> Tensor:
         """In place."""
@@ -58,7 +62,7 @@ class SinglePass(torch.autograd.Function):
         detach_next: bool,
         inplace: bool,
         backend: str,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """The loss summed over rows, with everything ``backward`` will hand over."""
         out = algebra.single_pass(
             xp,
