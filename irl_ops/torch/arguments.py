@@ -107,7 +107,8 @@ def check_scalar(name: str, x: Any, low: float, high: float, *, open_end: bool =
         return
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d tensor")
-    if not (low <= x < high if open_end else low <= x <= high):
+    open_end = open_end or high == math.inf
+    if not math.isfinite(x) or not (low <= x < high if open_end else low <= x <= high):
         end = ")" if open_end else "]"
         raise ValueError(f"{name} is {x}; accepted: [{low}, {high}{end}")
 

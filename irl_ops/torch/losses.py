@@ -171,6 +171,9 @@ def mle_loss(
     segment_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Tensor | None = None,
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
     reduction: Reduction = "mean",
@@ -182,8 +185,10 @@ def mle_loss(
 
     .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t\right]
 
-    Arguments, result and errors are those of ``iqlearn_loss``, less the ones of the TD term. The
-    markers of packed sequences matter with ``shift=True``: a label never crosses a segment.
+    Arguments, result and errors are those of ``iqlearn_loss``, less the ones of the TD term. Those
+    that describe the sequences are all accepted, so that one call can be put for the other; here
+    the segments matter with ``shift=True`` (a label never crosses them), and ``eos_token_id``,
+    ``boundary`` and ``truncated`` change nothing.
 
     Example:
         >>> logits = torch.randn(2, 8, 100, requires_grad=True)
@@ -201,9 +206,9 @@ def mle_loss(
             segment_ids=segment_ids,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
-            eos_token_id=None,
-            boundary="terminal",
-            truncated=None,
+            eos_token_id=eos_token_id,
+            boundary=boundary,
+            truncated=truncated,
         ),
         entropy_coef=entropy_coef,
         token_weights=token_weights,
