@@ -39,6 +39,12 @@ irl::Layout parse_layout(const char* name, const Axes& sizes, Axes strides) {
   return {sizes, std::move(strides)};
 }
 
+std::int64_t parse_threads(std::int64_t threads) {
+  if (threads < 1)
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ", accepted are >= 1");
+  return threads;
+}
+
 irl::Rows parse_rows(const std::string& dtype, const Axes& sizes, Axes strides,
                      std::int64_t vocab) {
   if (vocab < 0)
@@ -48,12 +54,12 @@ irl::Rows parse_rows(const std::string& dtype, const Axes& sizes, Axes strides,
 
 void row_stats(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                std::int64_t vocab, Address labels, Address row_max, Address logsum,
-               Address label_logit, Address entropy, std::int64_t threads,
-               const std::string& isa) {
+               Address label_logit, Address entropy, std::int64_t threads, const std::string& isa) {
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
+  const std::int64_t workers = parse_threads(threads);
   py::gil_scoped_release released;
-  irl::row_stats(chosen, threads, rows, pointer<const void>(logits),
+  irl::row_stats(chosen, workers, rows, pointer<const void>(logits),
                  pointer<const std::int64_t>(labels), pointer<float>(row_max),
                  pointer<float>(logsum), pointer<float>(label_logit), pointer<float>(entropy));
 }
@@ -65,8 +71,9 @@ void row_grad(Address logits, const std::string& dtype, const Axes& sizes, Axes 
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
   const irl::Layout layout = parse_layout("dlogits_strides", sizes, std::move(dlogits_strides));
+  const std::int64_t workers = parse_threads(threads);
   py::gil_scoped_release released;
-  irl::row_grad(chosen, threads, rows, pointer<const void>(logits),
+  irl::row_grad(chosen, workers, rows, pointer<const void>(logits),
                 pointer<const std::int64_t>(labels), pointer<const float>(row_max),
                 pointer<const float>(logsum), pointer<const float>(a), pointer<const float>(b),
                 pointer<const float>(c), pointer<void>(dlogits), layout);
@@ -79,20 +86,21 @@ void row_stats_grad(Address logits, const std::string& dtype, const Axes& sizes,
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
   const irl::Layout layout = parse_layout("dlogits_strides", sizes, std::move(dlogits_strides));
+  const std::int64_t workers = parse_threads(threads);
   py::gil_scoped_release released;
-  irl::row_stats_grad(chosen, threads, rows, pointer<const void>(logits),
-                      pointer<const float>(alpha), pointer<const float>(beta),
-                      pointer<const float>(entropy_weight), pointer<float>(row_max),
-                      pointer<float>(logsum), pointer<float>(entropy), pointer<void>(dlogits),
-                      layout);
+  irl::row_stats_grad(
+      chosen, workers, rows, pointer<const void>(logits), pointer<const float>(alpha),
+      pointer<const float>(beta), pointer<const float>(entropy_weight), pointer<float>(row_max),
+      pointer<float>(logsum), pointer<float>(entropy), pointer<void>(dlogits), layout);
 }
 
 void scale(Address dlogits, const std::string& dtype, const Axes& sizes, Axes strides,
            std::int64_t vocab, float factor, std::int64_t threads, const std::string& isa) {
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
+  const std::int64_t workers = parse_threads(threads);
   py::gil_scoped_release released;
-  irl::scale(chosen, threads, rows, pointer<void>(dlogits), factor);
+  irl::scale(chosen, workers, rows, pointer<void>(dlogits), factor);
 }
 
 py::tuple isas() {
