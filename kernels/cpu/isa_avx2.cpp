@@ -12,7 +12,7 @@
 #endif
 
 #define IRL_ISA avx2
-#define IRL_SUPPORTED                                              \
+#define IRL_SUPPORTED                                                 \
   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && \
    __builtin_cpu_supports("f16c"))
 #define IRL_LANES "lanes_avx2.h"

@@ -11,9 +11,9 @@ struct Lanes {
 };
 
 // Lanes built register by register: EXPRESSION in terms of the register number k.
-#define IRL_EACH(EXPRESSION)                               \
-  Lanes out;                                               \
-  for (int k = 0; k < 4; ++k) out.v[k] = (EXPRESSION);     \
+#define IRL_EACH(EXPRESSION)                           \
+  Lanes out;                                           \
+  for (int k = 0; k < 4; ++k) out.v[k] = (EXPRESSION); \
   return out
 
 IRL_INLINE F4 four(float x) { return F4{x, x, x, x}; }
@@ -25,9 +25,7 @@ IRL_INLINE U4 choose(I4 mask, U4 a, U4 b) {
   const U4 m = reinterpret_cast<U4>(mask);
   return (a & m) | (b & ~m);
 }
-IRL_INLINE F4 choose(I4 mask, F4 a, F4 b) {
-  return float_of(choose(mask, bits_of(a), bits_of(b)));
-}
+IRL_INLINE F4 choose(I4 mask, F4 a, F4 b) { return float_of(choose(mask, bits_of(a), bits_of(b))); }
 
 IRL_INLINE Lanes splat(float x) { IRL_EACH(four(x)); }
 IRL_INLINE Lanes add(Lanes a, Lanes b) { IRL_EACH(a.v[k] + b.v[k]); }

@@ -106,8 +106,7 @@ IRL_INLINE void block_sums(const T* q, std::int64_t n, float shift, float* exps,
   for (; j + kLanes <= n; j += kLanes) accumulate<kEntropy, kKeep>(a0, load(q + j), s, exps + j);
   if (j < n) accumulate<kEntropy, kKeep>(a1, load_some(q + j, n - j, -kInfinity), s, exps + j);
   add_to(sums, add(add(a0.sum, a1.sum), add(a2.sum, a3.sum)));
-  if (kEntropy)
-    add_to(weighted, add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)));
+  if (kEntropy) add_to(weighted, add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)));
 }
 
 // Traffic: one read of q. exps stay in the cache.
@@ -250,7 +249,8 @@ void write_scanned(const void* q, void* y, std::int64_t vocab, const float* exps
     const std::int64_t begin = segments[s].begin;
     const std::int64_t end = s + 1 < sums.segments ? segments[s + 1].begin : vocab;
     // exp(q - max) / sum = exp(q - reference) exp(reference - max) / sum
-    const double change = static_cast<double>(segments[s].reference) - static_cast<double>(sums.max);
+    const double change =
+        static_cast<double>(segments[s].reference) - static_cast<double>(sums.max);
     const double share = __builtin_exp(change) / sums.sum;
     if (b == 0.0f) {
       fill(static_cast<T*>(y), begin, end, Scaled{exps, splat(static_cast<float>(a * share))},

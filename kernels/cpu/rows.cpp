@@ -92,9 +92,8 @@ void row_stats(const Isa& isa, std::int64_t threads, const Rows& rows, const voi
 }
 
 void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
-              const std::int64_t* labels, const float* row_max, const float* logsum,
-              const float* a, const float* b, const float* c, void* dlogits,
-              const Layout& dlogits_layout) {
+              const std::int64_t* labels, const float* row_max, const float* logsum, const float* a,
+              const float* b, const float* c, void* dlogits, const Layout& dlogits_layout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
@@ -133,14 +132,12 @@ void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, cons
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       char* y = row_at(dlogits, rows, dlogits_layout, i);
-      // Read before row_max, which may be the same memory, is written.
       const float b = entropy_weight ? entropy_weight[i] : 0.0f;
-      const float alpha_i = alpha[i], beta_i = beta[i];
-      const bool empty = alpha_i == 0 && beta_i == 0 && b == 0;
+      const bool empty = alpha[i] == 0 && beta[i] == 0 && b == 0;
       const RowSums sums = loops.scan(q, rows.vocab, entropy || b != 0,
                                       empty ? nullptr : scratch.exps(), scratch.segments());
       const double log_s = log_sum(sums), h = entropy || b != 0 ? entropy_of(sums) : 0.0;
-      const double a = alpha_i + term(beta_i, sums.max + log_s) + term(b, h);
+      const double a = alpha[i] + term(beta[i], sums.max + log_s) + term(b, h);
       row_max[i] = sums.max;
       logsum[i] = static_cast<float>(log_s);
       if (entropy) entropy[i] = static_cast<float>(h);

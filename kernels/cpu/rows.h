@@ -1,10 +1,10 @@
 // The row kernels: what every caller of the C++ side sees. No framework, no Python.
 //
-// logits and dlogits are arrays of rows by `vocab` columns, the last axis contiguous, the rows where
-// their Layout says; both may be the same memory with the same layout. Row vectors hold one float a
-// row, contiguous; labels one int64 a row: below 0 is "no label", vocab or above is bad and gives a
-// NaN, nothing being read or written for it. Arithmetic is float32, sums end in double. The result
-// is the same bits for any number of threads. Every output is written on every path.
+// logits and dlogits are arrays of rows by `vocab` columns, the last axis contiguous, the rows
+// where their Layout says; both may be the same memory with the same layout. Row vectors hold one
+// float a row, contiguous; labels one int64 a row: below 0 is "no label", vocab or above is bad and
+// gives a NaN, nothing being read or written for it. Arithmetic is float32, sums end in double. The
+// result is the same bits for any number of threads. Every output is written on every path.
 //
 // Write q for a row, p = softmax(q). A row that is all -inf, or has no columns, has
 // row_max = logsum = -inf, entropy 0, and gradient 0.
@@ -33,9 +33,8 @@ void row_stats(const Isa& isa, std::int64_t threads, const Rows& rows, const voi
 // label there is no c; a bad label gets none either.
 // Traffic: one read of the logits and one write of dlogits; rows of a = b = 0 are not read.
 void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
-              const std::int64_t* labels, const float* row_max, const float* logsum,
-              const float* a, const float* b, const float* c, void* dlogits,
-              const Layout& dlogits_layout);
+              const std::int64_t* labels, const float* row_max, const float* logsum, const float* a,
+              const float* b, const float* c, void* dlogits, const Layout& dlogits_layout);
 
 // Statistics as in row_stats and dlogits_j = p_j (A + B log p_j), where
 // A = alpha + beta (row_max + logsum) + entropy_weight entropy and B = entropy_weight; a term whose
