@@ -1,0 +1,283 @@
+"""Random batches for the losses, and how closely a result has to agree with `naive`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from . import naive
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOSSES = ("iqlearn_loss", "mle_loss", "online_iqlearn_loss")
+VOCABS = (1, 2, 17, 17, 64, 131)
+
+# Each term goes through a handful of float32 roundings.
+EPS = 8 * 2.0**-24
+# Half a unit in the last place relative to the number, and the half of the smallest subnormal.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+
+LAYOUTS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
+    "contiguous": (lambda *s: s, lambda x: x),
+    "[T, B, V]": (lambda *s: (s[-2], *s[:-2], s[-1]), lambda x: x.movedim(0, -2)),
+    "padded columns": (lambda *s: (*s[:-1], s[-1] + 3), lambda x: x[..., 1:-2]),
+    "padded rows": (lambda *s: (*s[:-2], s[-2] + 1, s[-1]), lambda x: x[..., :-1, :]),
+    "every other column": (lambda *s: (*s[:-1], 2 * s[-1]), lambda x: x[..., ::2]),
+    "[V, T]": (lambda *s: (*s[:-2], s[-1], s[-2]), lambda x: x.mT),
+}
+
+
+@dataclass
+class Case:
+    """The arguments of one call; ``view(leaf)`` are the logits."""
+
+    name: str
+    leaf: Tensor
+    view: Callable[[Tensor], Tensor]
+    labels: Tensor
+    options: dict[str, Any]
+    upstream: Any  # gradient of the loss: a number, or a tensor for reduction "none"
+
+    @property
+    def logits(self) -> Tensor:
+        return self.view(self.leaf)
+
+
+def packing(draw: Any, lead: tuple[int, ...], length: int) -> dict[str, Tensor]:
+    """Markers of segments, or none."""
+    kinds = ["", "segment_ids", "position_ids"] + ["cu_seqlens"] * (lead == ())
+    kind = draw(st.sampled_from(kinds))
+    if not kind:
+        return {}
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    count = math.prod(lead)
+    starts = [
+        [True, *draw(st.lists(st.booleans(), min_size=length - 1, max_size=length - 1))]
+        for _ in range(count)
+    ]
+    if kind == "cu_seqlens":
+        ends = [t for t in range(length) if starts[0][t]] + [length]
+        if draw(st.booleans()):
+            ends = sorted([*ends, draw(st.sampled_from(ends))])  # an empty segment
+        return {kind: torch.tensor(ends, dtype=dtype)}
+    rows = []
+    for sequence in starts:
+        row, current = [], -1
+        for start in sequence:
+            if kind == "segment_ids":
+                current = current + 1 if start else current
+            else:
+                current = 0 if start else current + 1
+            row.append(current)
+        rows.append(row)
+    return {kind: torch.tensor(rows, dtype=dtype).reshape(*lead, length)}
+
+
+@st.composite
+def sequences(draw: Any, vocab: int, lead: tuple[int, ...], length: int) -> tuple[Tensor, dict]:
+    """Labels, and the options that say which row follows which."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = (*lead, length)
+    labels = torch.randint(vocab, shape, generator=generator)
+    ignore_index = draw(st.sampled_from([-100, -100, -1, 0]))
+    holes = draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    labels[torch.rand(shape, generator=generator) < holes] = ignore_index
+    labels = labels.to(draw(st.sampled_from([torch.int64, torch.int32])))
+    options: dict[str, Any] = {"ignore_index": ignore_index, **packing(draw, lead, length)}
+    options["shift"] = draw(st.booleans())
+    if draw(st.booleans()):
+        options["where"] = torch.rand(shape, generator=generator) < 0.8
+    options["eos_token_id"] = draw(st.sampled_from([None, None, 0, vocab - 1, [0, vocab // 2]]))
+    options["boundary"] = draw(st.sampled_from(["terminal", "bootstrap", "drop"]))
+    cut = draw(st.sampled_from([None, lead, shape]))
+    if cut is not None:
+        options["truncated"] = torch.rand(cut, generator=generator) < 0.5
+    return labels, options
+
+
+def number(draw: Any, *choices: float) -> Any:
+    """A float, or a 0-d tensor."""
+    x = draw(st.sampled_from(choices))
+    return torch.tensor(x) if draw(st.integers(0, 3)) == 0 else x
+
+
+@st.composite
+def cases(draw: Any, names: tuple[str, ...] = LOSSES, garbage: bool = True) -> Case:
+    name, vocab = draw(st.sampled_from(names)), draw(st.sampled_from(VOCABS))
+    lead, length = draw(st.sampled_from([(), (2,), (2, 3)])), draw(st.sampled_from([1, 2, 3, 5, 8]))
+    shape = (*lead, length)
+    labels, options = draw(sequences(vocab, lead, length))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def random(scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator)
+
+    options["entropy_coef"] = number(draw, 0.0, 0.0, 0.3, -0.1)
+    if name == "mle_loss":
+        for key in ("eos_token_id", "boundary", "truncated"):
+            options.pop(key, None)
+    else:
+        options["lam"] = number(draw, 0.0, 0.1, 0.1, 1.5)
+        options["gamma"] = number(draw, 0.0, 0.9, 1.0, 1.0)
+        options["detach_next"] = draw(st.booleans())
+        for key in ("next_values", "values"):
+            if draw(st.integers(0, 2)) == 0:
+                options[key] = random(3.0).to(draw(st.sampled_from(DTYPES)))
+    if name == "online_iqlearn_loss":
+        options["alpha"] = number(draw, 0.0, 0.1, 0.7)
+        groups = torch.rand(draw(st.sampled_from([lead, shape])), generator=generator)
+        options["is_expert"] = groups < draw(st.sampled_from([0.0, 0.5, 0.5, 1.0]))
+    if draw(st.booleans()):
+        weights = random().abs() * (random() < 0.6)
+        options["token_weights"] = weights.to(draw(st.sampled_from([*DTYPES, torch.float64])))
+    reduction = options["reduction"] = draw(st.sampled_from(["mean", "mean", "sum", "none"]))
+    if reduction == "mean" and draw(st.booleans()):
+        items = number(draw, 0, 3, 7.5), number(draw, 0, 3, 7.5)
+        options["num_items"] = items if name == "online_iqlearn_loss" else items[0]
+    upstream = draw(st.sampled_from([1.0, 1.0, -0.3, 5.0]))
+
+    dtype = draw(st.sampled_from(DTYPES))
+    offset, scale = draw(st.sampled_from([(0.0, 1.0), (0.0, 6.0), (1e4, 1.0), (-1e4, 1.0)]))
+    logits = offset + scale * torch.randn((*shape, vocab), generator=generator)
+    if draw(st.booleans()):
+        hide(logits, labels, generator)
+    if garbage and draw(st.booleans()):
+        spoil(name, logits, labels, options, draw(st.sampled_from([math.nan, math.inf])))
+    grown, view = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
+    leaf = torch.zeros(grown(*logits.shape), dtype=dtype)
+    view(leaf).copy_(logits)
+    return Case(name, leaf, view, labels, options, random() if reduction == "none" else upstream)
+
+
+def hide(logits: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    """Columns of -inf, as of a padded or masked vocabulary: none that is a label."""
+    vocab = logits.shape[-1]
+    free = [j for j in range(vocab) if j not in labels.tolist() and not (labels == j).any()]
+    for j in free[: vocab - 1]:
+        if torch.rand((), generator=generator) < 0.5:
+            logits[..., j] = -math.inf
+
+
+def spoil(name: str, logits: Tensor, labels: Tensor, options: dict, garbage: float) -> None:
+    """Garbage in every row, value and next value that no term of a weight other than 0 uses."""
+    _, batch = naive.loss(name, torch.zeros_like(logits).double(), labels, **options)
+    rows = [row for sequence in batch for row in sequence]
+    used = [row.m != 0 or row.d != 0 for row in rows]
+    ahead = [row.kind == naive.BOOTSTRAP and row.d != 0 for row in rows]
+    onto = [False, *ahead[:-1]]  # a row that bootstraps is never the last of its batch row
+    values, next_values = options.get("values"), options.get("next_values")
+    for i in range(len(rows)):
+        if not used[i] and (values is not None or next_values is not None or not onto[i]):
+            logits.view(-1, logits.shape[-1])[i] = garbage
+        if values is not None and rows[i].d == 0 and (next_values is not None or not onto[i]):
+            values.view(-1)[i] = garbage
+        if next_values is not None and not ahead[i]:
+            next_values.view(-1)[i] = garbage
+
+
+@dataclass
+class Outcome:
+    loss: Tensor
+    logits: Tensor
+    values: Tensor | None
+    next_values: Tensor | None
+
+
+def differentiate(function: Callable[..., Tensor], case: Case, dtype: Any = None) -> Outcome:
+    """The loss and its gradients by backward(); in float64 for the naive ones."""
+    leaf = case.leaf.clone().to(dtype or case.leaf.dtype).requires_grad_()
+    heads = {
+        key: case.options[key].clone().to(dtype or case.options[key].dtype).requires_grad_()
+        for key in ("values", "next_values")
+        if case.options.get(key) is not None
+    }
+    loss = function(case.view(leaf), case.labels, **{**case.options, **heads})
+    if dtype is not None:
+        loss = loss + 0 * leaf.nan_to_num(0, 0, 0).sum()  # naive terms of weight 0 have no graph
+    (loss * case.upstream).sum().backward()
+    grads = [x.grad if x is not None else None for x in map(heads.get, ("values", "next_values"))]
+    return Outcome(loss.detach(), case.view(leaf.grad), *grads)
+
+
+def tolerance(case: Case) -> Outcome:
+    """How far float32 arithmetic may be off: EPS times the sum of the sizes of the terms."""
+    options, shape = case.options, case.labels.shape
+    q = case.logits.double()
+    log_vocab = math.log(q.shape[-1])
+    _, batch = naive.loss(case.name, q, case.labels, **options)
+    above = torch.as_tensor(case.upstream, dtype=torch.float64).abs().expand(shape)
+    gamma, kappa = float(options.get("gamma", 1.0)), abs(float(options.get("entropy_coef", 0.0)))
+    with_values = options.get("values") is not None
+    loss, per_logit, per_value, per_next = [], [], [], []
+    for sequence, logits, upstream in zip(
+        batch, q.reshape(-1, *q.shape[-2:]), above.reshape(-1, shape[-1]).tolist(), strict=True
+    ):
+        from_before = 0.0  # what row t - 1 sends to row t
+        for t, (row, g) in enumerate(zip(sequence, upstream, strict=True)):
+            m, d = abs(row.m), abs(row.d)
+            bonus = kappa * (1 + 2 * log_vocab)
+            v = naive.logsumexp(logits[t]).item()
+            size, delta, surprise = 0.0, 0.0, 0.0
+            if d:
+                size = abs(logits[t, row.label].item()) + gamma * abs(row.next_value.item())
+                size += (abs(v) + abs(row.value.item())) * with_values
+                delta = abs(row.reward.item())
+            if m:
+                surprise = abs(row.logprob.item()) + 1 + log_vocab + bonus
+            loss.append(EPS * (m * surprise + d * (2 * delta * size + delta**2 + EPS * size**2)))
+
+            u = g * 2 * d * size
+            logp = (logits[t] - v).nan_to_num(0, neginf=0)
+            a = g * m * (1 + bonus) + from_before * (not with_values) + u * with_values
+            error = a * logp.exp() * (1 + logp.abs()) ** 2 * (logits[t] != -math.inf)
+            if row.label is not None:
+                error[row.label] += a + g * m + u  # (p - 1) A + (A + C), exact where p is near 1
+            per_logit.append(EPS * error)
+            per_value.append(EPS * (u + from_before))
+            per_next.append(EPS * gamma * u)
+            from_before = gamma * u if row.kind == naive.BOOTSTRAP else 0.0
+    rows = torch.tensor(loss, dtype=torch.float64).reshape(shape)
+    return Outcome(
+        rows if options.get("reduction") == "none" else rows.sum(),
+        torch.stack(per_logit).reshape(q.shape),
+        torch.tensor(per_value, dtype=torch.float64).reshape(shape),
+        torch.tensor(per_next, dtype=torch.float64).reshape(shape),
+    )
+
+
+def assert_close(actual: Tensor | None, expected: Tensor | None, error: Tensor, times: int) -> None:
+    """Within ``error`` and ``times`` roundings to the result's dtype; overflow is no error.
+
+    An error of 0 stands for exactly 0: no term reaches that element.
+    """
+    if expected is None:
+        assert actual is None or not actual.any()
+        return
+    assert actual is not None and actual.shape == expected.shape
+    largest = torch.finfo(actual.dtype).max
+    x, y = actual.double().clamp(-largest, largest), expected.clamp(-largest, largest)
+    allowed = error + times * (ROUNDING[actual.dtype] * (y.abs() + error) + SMALLEST[actual.dtype])
+    # 1e-37: subnormal numbers may be flushed
+    allowed = torch.where(error > 0, 1.01 * allowed + 1e-37, 0.0)
+    assert ((x - y).abs() <= allowed).all(), f"{actual}\n{expected}\nallowed {allowed}"
+
+
+def check(function: Callable[..., Tensor], case: Case) -> None:
+    """Loss and gradients of ``function`` against the naive loss and its autograd."""
+    actual = differentiate(function, case)
+    expected = differentiate(
+        lambda *args, **options: naive.loss(case.name, *args, **options)[0], case, torch.float64
+    )
+    error = tolerance(case)
+    assert actual.loss.dtype == torch.float32
+    assert_close(actual.loss, expected.loss, error.loss, 1)
+    assert actual.logits.dtype == case.leaf.dtype
+    # the gradient is rounded when it is written, and again when it is scaled
+    scaled = case.options.get("reduction") != "none" and case.upstream != 1.0
+    assert_close(actual.logits, expected.logits, error.logits, 2 if scaled else 1)
+    assert_close(actual.values, expected.values, error.values, 1)
+    assert_close(actual.next_values, expected.next_values, error.next_values, 1)

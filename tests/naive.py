@@ -1,0 +1,243 @@
+"""The losses written naively: loops over rows, float64, gradients by autograd.
+
+Slow and obvious on purpose. Nothing here looks at the code under test.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED, TERMINAL, BOOTSTRAP, NO_TD = 0, 1, 2, 3
+
+
+@dataclass
+class Row:
+    """One row: what the labels decide, its terms, and what a rounding of each term may cost."""
+
+    label: int | None
+    kind: int
+    has_next: bool
+    value: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    next_value: Tensor = field(default_factory=lambda: zero())
+    reward: Tensor = field(default_factory=lambda: zero())
+    m: float = 0.0
+    d: float = 0.0
+
+
+def zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+def logsumexp(q: Tensor) -> Tensor:
+    return torch.logsumexp(q[q != -math.inf], -1)
+
+
+def entropy(q: Tensor) -> Tensor:
+    logp = q[q != -math.inf] - logsumexp(q)
+    return -(logp.exp() * logp).sum()
+
+
+def joins(t: int, packing: dict[str, Any], b: int, length: int) -> bool:
+    """Whether row t + 1 of batch row b is the next row of row t."""
+    if t + 1 >= length:
+        return False
+    if "segment_ids" in packing:
+        ids = packing["segment_ids"].reshape(-1, length)[b]
+        return bool(ids[t] == ids[t + 1])
+    if "position_ids" in packing:
+        positions = packing["position_ids"].reshape(-1, length)[b]
+        return bool(positions[t + 1] == positions[t] + 1)
+    if "cu_seqlens" in packing:
+        return t + 1 not in packing["cu_seqlens"].tolist()
+    return True
+
+
+def align(labels: Tensor, options: dict[str, Any]) -> tuple[list[list[int | None]], Any]:
+    """The label that each row scores, None where there is none; and `joins` of this batch."""
+    length = labels.shape[-1]
+    packing = {
+        name: options[name]
+        for name in ("segment_ids", "position_ids", "cu_seqlens")
+        if options.get(name) is not None
+    }
+    where = options.get("where")
+    batch = labels.reshape(-1, length).tolist()
+    aligned: list[list[int | None]] = []
+    for b, sequence in enumerate(batch):
+        row: list[int | None] = []
+        for t in range(length):
+            label = sequence[t]
+            if options.get("shift", False):
+                label = sequence[t + 1] if joins(t, packing, b, length) else None
+            if label == options.get("ignore_index", -100):
+                label = None
+            if where is not None and not where.reshape(-1, length)[b, t]:
+                label = None
+            row.append(label)
+        aligned.append(row)
+    return aligned, lambda b, t: joins(t, packing, b, length)
+
+
+def kind_of(label: int | None, has_next: bool, next_labelled: bool, cut: bool, opt: Any) -> int:
+    """The table of rules, from the top."""
+    eos = opt.get("eos_token_id")
+    eos = [eos] if isinstance(eos, int) else eos
+    onward = BOOTSTRAP if has_next else NO_TD
+    if label is None:
+        return IGNORED
+    if eos is not None and label in eos:
+        return TERMINAL
+    if has_next and next_labelled:
+        return BOOTSTRAP
+    if cut:
+        return onward
+    if eos is not None:
+        return onward
+    return {"terminal": TERMINAL, "bootstrap": onward, "drop": NO_TD}[
+        opt.get("boundary", "terminal")
+    ]
+
+
+def flag(flags: Tensor | None, labels: Tensor, b: int, t: int) -> bool:
+    """A bool a sequence, or a bool a row."""
+    if flags is None:
+        return False
+    if flags.shape == labels.shape:
+        return bool(flags.reshape(-1, labels.shape[-1])[b, t])
+    return bool(flags.reshape(-1)[b])
+
+
+def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[list[Row]]:
+    """Every row with its kind and its statistics; logits are float64."""
+    length, vocab = labels.shape[-1], logits.shape[-1]
+    q = logits.reshape(-1, length, vocab)
+    given = (options.get("values"), options.get("next_values"))
+    values, next_values = (None if x is None else x.double() for x in given)
+    gamma = float(options.get("gamma", 1.0))
+    aligned, has_next = align(labels, options)
+    batch = []
+    for b, sequence in enumerate(aligned):
+        rows = []
+        for t, label in enumerate(sequence):
+            v = logsumexp(q[b, t])
+            kind = kind_of(
+                label,
+                has_next(b, t),
+                has_next(b, t) and sequence[t + 1] is not None,
+                flag(options.get("truncated"), labels, b, t),
+                options,
+            )
+            logprob = zero() if label is None else q[b, t, label] - v
+            if values is not None:
+                v = values.reshape(-1, length)[b, t]
+            rows.append(Row(label, kind, has_next(b, t), v, logprob, entropy(q[b, t])))
+        for t, row in enumerate(rows):
+            if row.kind == BOOTSTRAP:
+                if next_values is not None:
+                    row.next_value = next_values.reshape(-1, length)[b, t]
+                else:
+                    row.next_value = rows[t + 1].value
+                if options.get("detach_next", False):
+                    row.next_value = row.next_value.detach()
+            if row.kind in (TERMINAL, BOOTSTRAP):
+                label_value = q[b, t, row.label] if values is None else row.value + row.logprob
+                row.reward = label_value - gamma * row.next_value
+        batch.append(rows)
+    return batch
+
+
+def share(weights: list[float], num_items: Any, reduction: str) -> list[float]:
+    if reduction != "mean":
+        return weights
+    total = sum(weights) if num_items is None else float(num_items)
+    return [w / total if total != 0 else 0.0 for w in weights]
+
+
+def weigh(batch: list[list[Row]], name: str, labels: Tensor, options: dict[str, Any]) -> None:
+    """Sets m and d of every row, by the table of losses."""
+    reduction, items = options.get("reduction", "mean"), options.get("num_items")
+    lam, alpha = float(options.get("lam", 0.1)), float(options.get("alpha", 0.1))
+    given = options.get("token_weights")
+    weights = torch.ones(labels.shape) if given is None else given
+    w = weights.double().reshape(-1).tolist()
+    length = labels.shape[-1]
+    rows = [row for sequence in batch for row in sequence]
+    for i, row in enumerate(rows):
+        if row.kind == IGNORED:
+            w[i] = 0.0
+    if name == "online_iqlearn_loss":
+        expert = [
+            flag(options["is_expert"], labels, i // length, i % length) for i in range(len(w))
+        ]
+        n_e, n_b = (None, None) if items is None else items
+        w_e = share([x if e else 0.0 for x, e in zip(w, expert, strict=True)], n_e, reduction)
+        w_b = share([0.0 if e else x for x, e in zip(w, expert, strict=True)], n_b, reduction)
+        m = w_e
+        d = [
+            lam / (1 - alpha) * e + lam * alpha / (1 - alpha) ** 2 * b
+            for e, b in zip(w_e, w_b, strict=True)
+        ]
+    else:
+        m = share(w, items, reduction)
+        d = [lam * x if name == "iqlearn_loss" else 0.0 for x in m]
+    for row, row.m, row.d in zip(rows, m, d, strict=True):
+        if row.kind not in (TERMINAL, BOOTSTRAP):
+            row.d = 0.0
+
+
+def loss(name: str, logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, list]:
+    """The loss of that name (a row's loss each with reduction "none"), and the rows."""
+    batch = rows_of(logits, labels, options)
+    weigh(batch, name, labels, options)
+    kappa = float(options.get("entropy_coef", 0.0))
+    per_row = []
+    for row in (row for sequence in batch for row in sequence):
+        total = zero()
+        if row.m != 0:
+            total = total - row.m * row.logprob
+            if kappa != 0:
+                total = total - row.m * kappa * row.entropy
+        if row.d != 0:
+            total = total + row.d * row.reward**2
+        per_row.append(total)
+    out = torch.stack(per_row).reshape(labels.shape) if per_row else torch.zeros(labels.shape)
+    return (out if options.get("reduction") == "none" else out.sum()), batch
+
+
+def token_stats(logits: Tensor, labels: Tensor, **options: Any) -> dict[str, Tensor]:
+    """The outputs of token_stats by name."""
+    batch = rows_of(logits, labels, options)
+    names = ("value", "logprob", "entropy", "reward", "next_value")
+    out = {
+        name: torch.stack([getattr(r, name) for s in batch for r in s]).reshape(labels.shape)
+        for name in names
+    }
+    out["kind"] = torch.tensor([[r.kind for r in s] for s in batch]).reshape(labels.shape)
+    return out
+
+
+def metrics(batch: list[list[Row]], name: str, with_entropy: bool) -> dict[str, float]:
+    """Plain means over plain lists."""
+
+    def mean(xs: list[float]) -> float:
+        return sum(xs) / len(xs) if xs else 0.0
+
+    rows = [row for sequence in batch for row in sequence]
+    labelled = [row for row in rows if row.kind != IGNORED]
+    td = [row for row in rows if row.kind in (TERMINAL, BOOTSTRAP)]
+    out = {
+        "nll": mean([-row.logprob.item() for row in labelled]),
+        "value": mean([row.value.item() for row in labelled]),
+        "tokens": float(len(labelled)),
+    }
+    if with_entropy:
+        out["entropy"] = mean([row.entropy.item() for row in labelled])
+    if name != "mle_loss":
+        out["td"] = mean([row.reward.item() ** 2 for row in td])
+        out["reward"] = mean([row.reward.item() for row in td])
+    return out
