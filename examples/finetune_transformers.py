@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     hidden_size: int
     start_steps: int  # of the pre-training
     steps: int  # of each fine-tuning run
-    held_out: int  # pairs
+    held_out: int  # pairs, at most
     prompts: int  # of the held-out pairs, to sample from
     samples: int  # of each prompt
     max_new_tokens: int
@@ -115,6 +115,8 @@ def main() -> None:
         **sizes._asdict(),
         "vocab_size": start.config.vocab_size,
         "train_pairs": len(text.train),
+        "held_out": len(text.held_out),
+        "prompts": len(text.prompts(sizes.prompts)),
         "parameters": start.num_parameters(),
         "reference_length": text.reference_length(),
         "loss_rows": batch["labels"].numel(),

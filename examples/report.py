@@ -99,7 +99,7 @@ def write_report(
     samples = [{"name": one["name"], "samples": one.pop("samples")} for one in numbers]
     write_json(folder / "results.json", {**facts, "runs": numbers, "notes": sentences})
     write_json(folder / "samples.json", samples)
-    console.print(table(runs, facts))
+    console.print(table(runs, facts), key(facts), "", sep="\n")
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False)
     for name in ("report.png", "results.json", "samples.json"):
@@ -116,16 +116,6 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
     """Lay the numbers out, one loss a row."""
     result = Table(
         title=f"Held-out text after {facts['steps']} steps, γ = {facts['gamma']:g}",
-        caption=(
-            "NLL, TD² (the squared TD residual) and entropy: means over the held-out tokens. "
-            f"Self-BLEU (BLEU of a sample against the others of its prompt; lower is more diverse) "
-            f"and length: {facts['samples']} samples at temperature 1 of each of "
-            f"{facts['prompts']} prompts, cut at {facts['max_new_tokens']} tokens; reference "
-            f"completions have {facts['reference_length']:.1f}. Loss: forward and backward on "
-            f"{facts['loss_rows']} x {facts['vocab_size']} logits, median; memory held at most "
-            "beside the logits. The loss of MLE is the one that Transformers comes with."
-        ),
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -154,6 +144,36 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
             f"{r.loss_mb:.1f}",
             f"{r.step_ms:.0f}",
         )
+    return result
+
+
+def key(facts: Mapping[str, Any]) -> Table:
+    """Say what the columns are."""
+    result = Table.grid(padding=(0, 2))
+    for columns, meaning in (
+        ("NLL, TD², entropy", "means over held-out tokens; TD² is the squared TD residual"),
+        (
+            "Self-BLEU",
+            "BLEU of a sample against the others of its prompt: lower is more diverse; "
+            f"{facts['samples']} samples at temperature 1 of each of {facts['prompts']} prompts",
+        ),
+        (
+            "length",
+            f"tokens of a sample, at most {facts['max_new_tokens']}; "
+            f"held-out completions have {facts['reference_length']:.1f}",
+        ),
+        (
+            "loss",
+            f"forward and backward on {facts['loss_rows']} x {facts['vocab_size']} logits: median "
+            "time, and the most memory held beside the logits, gradient included; "
+            "for MLE, the loss that Transformers comes with",
+        ),
+        (
+            "step",
+            f"median time of a training step; device {facts['device']}, threads {facts['threads']}",
+        ),
+    ):
+        result.add_row(columns, meaning)
     return result
 
 

@@ -24,6 +24,7 @@ ACCEPTED = """Accepted data:
 
 OPENING = 8  # words of a document that become its prompt
 SHORTEST, LONGEST = 16, 100  # words of a document; shorter ones are left out, longer ones are cut
+FEWEST_PAIRS = 40
 IGNORE_INDEX = -100
 
 Row = dict[str, list[int]]
@@ -67,12 +68,20 @@ def prepare(
 ) -> Text:
     """Read text and make tokens of it; the tokenizer never sees the held-out pairs.
 
+    Args:
+        path: as for ``load_pairs``.
+        seed: of the order of the pairs.
+        held_out: number of pairs to hold out, at most a quarter of all.
+        vocab_size: of the tokenizer.
+        max_length: tokens of a prompt with its completion.
+
     Raises:
-        DataError: as ``load_pairs``.
+        DataError: as ``load_pairs``, or for too few pairs.
     """
     pairs, start = load_pairs(path, seed), docstring_pairs(seed)
-    if len(pairs) < 4 * held_out:
-        raise DataError(str(path), f"{len(pairs)} usable pairs, the demo needs {4 * held_out}")
+    if len(pairs) < FEWEST_PAIRS:
+        raise DataError(str(path), f"{len(pairs)} usable pairs, the demo needs {FEWEST_PAIRS}")
+    held_out = min(held_out, len(pairs) // 4)
     tokenizer = train_tokenizer(start + pairs[held_out:], vocab_size)
     rows = [encode(tokenizer, pair, max_length) for pair in pairs]
     return Text(

@@ -115,8 +115,8 @@ def test_errors_name_the_file_the_line_and_what_is_accepted(case, tmp_path):
 
 def test_too_few_pairs_are_refused(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(" ".join(WORDS[i : i + 20]) for i in range(31)), encoding="utf-8")
-    with pytest.raises(DataError, match=r"text.txt: 31 usable pairs, the demo needs 32"):
+    path.write_text("\n\n".join(" ".join(WORDS[i : i + 20]) for i in range(39)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"text.txt: 39 usable pairs, the demo needs 40"):
         text_data.prepare(path, seed=0, held_out=8, vocab_size=300, max_length=32)
 
 
