@@ -309,6 +309,24 @@ def test_lam_zero_is_the_builtin_loss(build, num_items):
     close_loss(loss, builtin if num_items is None else builtin * count / 10)
 
 
+class ReservedLlamaForCausalLM(LlamaForCausalLM):
+    """As some vision-language models: the Trainer is told to pass no num_items_in_batch."""
+
+    accepts_loss_kwargs = False
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_that_takes_no_loss_kwargs_is_normalised_as_well(tmp_path):
+    model = ReservedLlamaForCausalLM(llama().config)
+    data = examples(model)
+    gradients = reference_gradients(model, [collate(data)])
+    before = parameters(model)
+    train(apply_iqlearn(model, **OPTIONS), data, tmp_path)
+    assert_one_step(model, before, gradients)
+
+
 def test_gradient_checkpointing(tmp_path):
     model = llama()
     data = examples(model)
@@ -349,18 +367,18 @@ def test_router_loss_is_kept():
     close_loss(apply_iqlearn(model, **OPTIONS)(**batch).loss, expected)
 
 
-def test_bf16_autocast_keeps_the_loss(tmp_path):
+@pytest.mark.parametrize("build", [llama, t5])
+def test_bf16_autocast_keeps_the_loss(build, tmp_path):
     """accelerate wraps the forward, and may unwrap it further than it wrapped."""
-    model = apply_iqlearn(llama(), **OPTIONS)
+    model = apply_iqlearn(build(), **OPTIONS)
     data = examples(model)
     trainer = train(model, data, tmp_path, bf16=True, callbacks=[IQLearnCallback()])
     batch = collate(data)
     wrapped = model(**batch).loss
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    total, count = naive_sum(logits, batch["labels"], shift=True)
-    close_loss(model(**batch).loss, total / count)
-    assert abs(wrapped - total / count) < 0.02 * wrapped  # bf16 keeps three digits
+    expected = naive_loss(copy.deepcopy(model).double(), [batch])
+    close_loss(model(**batch).loss, expected)
+    assert abs(wrapped - expected) < 0.02 * expected  # bf16 keeps two to three digits
 
 
 def test_torch_compile():
@@ -397,23 +415,27 @@ def test_packed_positions_are_separate_documents(build):
     close_loss(apply_iqlearn(model, **OPTIONS)(**batch, use_cache=False).loss, expected)
 
 
-@pytest.mark.parametrize("mark", ["seq_idx", "cu_seq_lens_q", "attention_mask"])
+@pytest.mark.parametrize("mark", ["seq_idx", "cu_seq_lens_q"])
 def test_other_marks_of_packing(mark):
     """Given alone, so that the attention is not block-diagonal: the logits are the model's own."""
     model = llama()
     _, batch, ends, segments = packed_batch()
-    marks = {
-        "seq_idx": {"seq_idx": segments.int()},
-        "cu_seq_lens_q": {"cu_seq_lens_q": ends},
-        "attention_mask": {"attention_mask": segments + 1},
-    }[mark]
-    if mark != "attention_mask":
-        del batch["position_ids"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"} | (
-        marks if mark == "attention_mask" else {}
-    )
-    total, count = naive_sum(model(**inputs).logits, batch["labels"], shift=True, segments=segments)
-    close_loss(apply_iqlearn(model, **OPTIONS)(**batch, **marks).loss, total / count)
+    del batch["position_ids"]
+    marks = {"seq_idx": segments.int(), "cu_seq_lens_q": ends}
+    logits = model(batch["input_ids"]).logits
+    total, count = naive_sum(logits, batch["labels"], shift=True, segments=segments)
+    loss = apply_iqlearn(model, **OPTIONS)(**batch, **{mark: marks[mark]}).loss
+    close_loss(loss, total / count)
+
+
+def test_positions_are_packing_beside_a_full_mask_too():
+    model = llama()
+    _, batch, _, segments = packed_batch()
+    batch["attention_mask"] = torch.ones_like(segments)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits
+    total, count = naive_sum(logits, batch["labels"], shift=True, segments=segments)
+    close_loss(apply_iqlearn(model, **OPTIONS)(**batch).loss, total / count)
 
 
 @pytest.mark.parametrize("clamp", [0, 1])
@@ -590,7 +612,7 @@ def test_metrics_reach_logs_reporters_and_evaluate(tmp_path):
             eval_steps=2,
             logging_steps=2,
             save_strategy="best",
-            metric_for_best_model="nll",
+            metric_for_best_model="eval_a_nll",
             greater_is_better=False,
             disable_tqdm=True,
         ),
@@ -600,7 +622,7 @@ def test_metrics_reach_logs_reporters_and_evaluate(tmp_path):
         callbacks=[reporter := Reporter()],
     )
     IQLearnCallback().attach(trainer)
-    trainer.args.metric_for_best_model = "eval_a_nll"
+    model(**collate(held_out))  # before the training: no part of its logs
     trainer.train()
 
     expected = naive_metrics(reference, [collate(data)])
@@ -724,16 +746,25 @@ def test_label_smoothing_is_refused(with_callback, tmp_path):
         train(model, examples(model), tmp_path, callbacks=callbacks, label_smoothing_factor=0.3)
 
 
-def test_a_loss_that_is_never_called_stops_the_training(tmp_path):
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_loss_that_is_not_called_stops_the_training(steps, tmp_path):
     model = apply_iqlearn(llama(), **OPTIONS)
     data = examples(model)
-    before = parameters(model)
-    model.forward = type(model).forward.__get__(model)  # as Liger and TRL replace it
-    del model._loss_function
+    saved = []
+
+    class Replace(TrainerCallback):
+        """Puts another forward and loss in place, as Liger and TRL do."""
+
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == steps:
+                model.forward = type(model).forward.__get__(model)
+                del model._loss_function
+                saved.append(parameters(model))
+
     with pytest.raises(RuntimeError, match="IQLearn was not called in this step"):
-        train(model, data, tmp_path, callbacks=[IQLearnCallback()])
+        train(model, data, tmp_path, callbacks=[IQLearnCallback(), Replace()], max_steps=3)
     for name, parameter in parameters(model).items():
-        assert torch.equal(parameter, before[name])
+        assert torch.equal(parameter, saved[0][name])
 
 
 def test_the_callback_needs_a_loss(tmp_path):

@@ -30,7 +30,9 @@ def apply_iqlearn(
     ``copy.deepcopy`` work as before; pickling the whole model does not. A second call replaces the
     options of the first.
 
-    Call it before the model is wrapped (DDP, FSDP, ``torch.compile``), before or after PEFT.
+    Call it before the model is wrapped (DDP, FSDP, ``torch.compile``), before or after PEFT. With
+    packed batches outside a Trainer pass ``use_cache=False``: the attention of Transformers reads
+    ``position_ids`` as packing only where it keeps no cache.
 
     Args:
         model: a Transformers model with a language-modelling head, or a PEFT model around one. It
@@ -202,7 +204,6 @@ def segment_ids(inputs: Mapping[str, Any]) -> Tensor | None:
 
     Positions that do not increase by one start a document, but not beside padding: a left-padded
     row has positions 1 1 1 0 1 2, and in Transformers its last padding predicts the first token.
-    An attention mask that counts the documents (1 1 1 2 2 0) marks them as well.
     """
     labels, mask, seq_idx = inputs["labels"], inputs.get("attention_mask"), inputs.get("seq_idx")
     if isinstance(seq_idx, Tensor):
@@ -215,5 +216,5 @@ def segment_ids(inputs: Mapping[str, Any]) -> Tensor | None:
         return None
     starts = positions.diff() != 1
     if mask is not None and mask.ndim == 2:
-        starts = ((mask.diff() != 0) | starts) & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        starts = starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
     return torch.nn.functional.pad(starts.cumsum(-1), (1, 0)).expand(labels.shape[0], -1)
