@@ -88,7 +88,7 @@ def test_wheel_carries_the_licence_and_the_command(wheel):
         ("irl_ops", (".py", ".pyi", "py.typed")),
         ("kernels", (".py", ".cpp", ".h")),
         ("bindings", (".cpp", ".h")),
-        ("tests", (".py",)),
+        ("tests", (".py", ".cpp", ".h")),
         ("benchmarks", (".py",)),
         ("examples", (".py",)),
         ("docs", (".md",)),
