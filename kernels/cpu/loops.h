@@ -17,22 +17,35 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr std::int64_t kAhead = 4096;  // bytes between the element read and the one prefetched
 
-// n < kLanes elements, and `fill` in the other lanes.
+// The first n < kLanes elements into sixteen lanes, `fill` into the others. Out of line: it serves
+// only the ends of a row, and would be most of the code.
 template <class T>
-IRL_INLINE Lanes load_some(const T* p, std::int64_t n, float fill) {
+__attribute__((noinline)) void copy_in(float* lanes, const T* p, std::int64_t n, float fill) {
   T elements[kLanes] = {};
-  float lanes[kLanes];
   __builtin_memcpy(elements, p, static_cast<std::size_t>(n) * sizeof(T));
   store(lanes, load(elements));
   for (std::int64_t l = n; l < kLanes; ++l) lanes[l] = fill;
+}
+
+template <class T>
+__attribute__((noinline)) void copy_out(T* p, const float* lanes, std::int64_t n) {
+  T elements[kLanes];
+  store(elements, load(lanes));
+  __builtin_memcpy(p, elements, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+template <class T>
+IRL_INLINE Lanes load_some(const T* p, std::int64_t n, float fill) {
+  float lanes[kLanes];
+  copy_in(lanes, p, n, fill);
   return load(lanes);
 }
 
 template <class T>
 IRL_INLINE void store_some(T* p, std::int64_t n, Lanes a) {
-  T elements[kLanes];
-  store(elements, a);
-  __builtin_memcpy(p, elements, static_cast<std::size_t>(n) * sizeof(T));
+  float lanes[kLanes];
+  store(lanes, a);
+  copy_out(p, lanes, n);
 }
 
 template <class T>
@@ -103,8 +116,10 @@ IRL_INLINE void block_sums(const T* q, std::int64_t n, float shift, float* exps,
     accumulate<kEntropy, kKeep>(a2, load(q + j + 2 * kLanes), s, exps + j + 2 * kLanes);
     accumulate<kEntropy, kKeep>(a3, load(q + j + 3 * kLanes), s, exps + j + 3 * kLanes);
   }
-  for (; j + kLanes <= n; j += kLanes) accumulate<kEntropy, kKeep>(a0, load(q + j), s, exps + j);
-  if (j < n) accumulate<kEntropy, kKeep>(a1, load_some(q + j, n - j, -kInfinity), s, exps + j);
+  for (; j < n; j += kLanes) {
+    const Lanes x = n - j < kLanes ? load_some(q + j, n - j, -kInfinity) : load(q + j);
+    accumulate<kEntropy, kKeep>(a0, x, s, exps + j);
+  }
   add_to(sums, add(add(a0.sum, a1.sum), add(a2.sum, a3.sum)));
   if (kEntropy) add_to(weighted, add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)));
 }
@@ -222,8 +237,6 @@ IRL_INLINE void fill(T* y, std::int64_t begin, std::int64_t end, const Row& row,
       for (std::int64_t k = 0; k < kLine; k += kLanes) stream(y + j + k, row.at(j + k));
     end_streams();
   }
-  for (; j + 4 * kLanes <= end; j += 4 * kLanes)
-    for (std::int64_t k = 0; k < 4 * kLanes; k += kLanes) store(y + j + k, row.at(j + k));
   for (; j + kLanes <= end; j += kLanes) store(y + j, row.at(j));
   if (j < end) store_some(y + j, end - j, row.some(j, end - j));
 }

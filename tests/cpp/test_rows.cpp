@@ -1,0 +1,140 @@
+// The row kernels in exactly sized heap blocks, for the sanitizers, and exp against double.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "element.h"
+#include "rows.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what, const char* isa, double x) {
+  if (holds) return;
+  std::printf("FAILED %s: %s at %g\n", isa, what, x);
+  ++failures;
+}
+
+float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Distance in units of the last place of the float nearest to the exact value.
+double ulps(float got, double exact) {
+  const float nearest = static_cast<float>(exact);
+  const double step = nearest == 0 ? std::numeric_limits<float>::denorm_min()
+                                   : std::nextafter(nearest, HUGE_VALF) - nearest;
+  return std::fabs(static_cast<double>(got) - exact) / step;
+}
+
+// p_j (1 + 0 log p_j) with max and logsum 0 is exp(q_j).
+void check_exp(const irl::Isa& isa) {
+  const auto& loops = isa.loops[static_cast<int>(irl::Dtype::float32)];
+  std::vector<float> x;
+  // Positive and negative numbers from 2^-40 to 128: every 211th float of each sign.
+  for (const std::uint32_t sign : {0u, 0x80000000u})
+    for (std::uint32_t bits = 0x2b800000u; bits < 0x43000000u; bits += 211)
+      x.push_back(float_of(bits | sign));
+  std::vector<float> y(x.size());
+  loops.write(x.data(), y.data(), static_cast<std::int64_t>(x.size()), 0, 0, 1, 0,
+              irl::Stores::cached);
+  double worst = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const double exact = std::exp(static_cast<double>(x[i]));
+    if (exact >= 3.4028235677973366e38) {  // halfway from the largest float to the next
+      expect(std::isinf(y[i]) || exact < 3.40283e38, "exp is not infinite", isa.name, x[i]);
+      continue;
+    }
+    const double error = ulps(y[i], exact);
+    if (error > worst) worst = error;
+    expect(error <= 2, "exp is off by more than 2 ulp", isa.name, x[i]);
+  }
+  std::printf("%s: exp within %.2f ulp at %zu points\n", isa.name, worst, x.size());
+
+  const float inf = std::numeric_limits<float>::infinity();
+  const float special[] = {-inf, std::nanf(""), 0.0f, -0.0f, -1e-45f, -3e38f, 3e38f};
+  const float wanted[] = {0.0f, std::nanf(""), 1.0f, 1.0f, 1.0f, 0.0f, inf};
+  for (int i = 0; i < 7; ++i) {
+    float out;
+    loops.write(&special[i], &out, 1, 0, 0, 1, 0, irl::Stores::cached);
+    const bool same = std::isnan(wanted[i]) ? std::isnan(out) : out == wanted[i];
+    expect(same, "exp of a special value", isa.name, special[i]);
+  }
+}
+
+// A heap block that ends where its last row ends.
+struct Block {
+  std::vector<char> bytes;
+  irl::Layout layout;
+  std::int64_t start, size;
+
+  Block(irl::Dtype dtype, std::int64_t vocab, std::int64_t start, std::int64_t gap)
+      : layout{{2, 3}, {3 * (vocab + gap), vocab + gap}}, start(start), size(irl::size_of(dtype)) {
+    bytes.resize(static_cast<std::size_t>((start + 5 * (vocab + gap) + vocab) * size));
+  }
+  char* data() { return bytes.data() + start * size; }
+};
+
+void check_bounds(const irl::Isa& isa, irl::Dtype dtype, std::int64_t vocab, std::int64_t start,
+                  std::int64_t gap) {
+  Block q(dtype, vocab, start, gap), y(dtype, vocab, gap, start);
+  const irl::Rows rows = {dtype, vocab, q.layout};
+  for (std::int64_t i = 0; i < 6; ++i)
+    for (std::int64_t j = 0; j < vocab; ++j)
+      irl::write_element(dtype, q.data() + (q.layout.offset(i) + j) * q.size,
+                         static_cast<float>(std::sin(static_cast<double>(i * vocab + j)) * 5));
+  const std::vector<std::int64_t> labels = {0,
+                                            vocab - 1,
+                                            vocab,
+                                            -1,
+                                            std::numeric_limits<std::int64_t>::min(),
+                                            std::numeric_limits<std::int64_t>::max()};
+  const std::vector<float> zero_and_one = {0, 1, 0, 1, 0, 1}, one(6, 1.0f);
+  std::vector<float> row_max(6), logsum(6), label_logit(6), entropy(6);
+  irl::row_stats(isa, 2, rows, q.data(), labels.data(), row_max.data(), logsum.data(),
+                 label_logit.data(), entropy.data());
+  irl::row_grad(isa, 2, rows, q.data(), labels.data(), row_max.data(), logsum.data(),
+                zero_and_one.data(), one.data(), one.data(), y.data(), y.layout);
+  for (const float* weight : {static_cast<const float*>(nullptr), zero_and_one.data()})
+    irl::row_stats_grad(isa, 2, rows, q.data(), one.data(), one.data(), weight, row_max.data(),
+                        logsum.data(), entropy.data(), y.data(), y.layout);
+  irl::scale(isa, 2, rows, q.data(), 0.5f);
+
+  // The loops alone, streamed: short rows never are by themselves.
+  const auto& loops = isa.loops[static_cast<int>(dtype)];
+  for (std::int64_t i = 0; i < 6; ++i) {
+    loops.write(q.data() + q.layout.offset(i) * q.size, y.data() + y.layout.offset(i) * y.size,
+                vocab, 0, 0, 1, 1, irl::Stores::streamed);
+    loops.clear(y.data() + y.layout.offset(i) * y.size, vocab, irl::Stores::streamed);
+  }
+  for (std::int64_t i = 0; i < 6; ++i)
+    for (std::int64_t j = 0; j < vocab; ++j)
+      expect(irl::read_element(dtype, y.data() + (y.layout.offset(i) + j) * y.size) == 0,
+             "clear left an element", isa.name, static_cast<double>(j));
+}
+
+}  // namespace
+
+int main() {
+  for (const irl::Isa* isa : irl::isas()) {
+    check_exp(*isa);
+    for (const auto dtype : {irl::Dtype::float32, irl::Dtype::bfloat16, irl::Dtype::float16})
+      for (const std::int64_t vocab : {1, 2, 15, 16, 17, 33, 63, 64, 65, 127, 2047, 2048, 4129})
+        for (const std::int64_t start : {0, 1, 31}) check_bounds(*isa, dtype, vocab, start, 3);
+  }
+  // Enough rows for every thread to have some.
+  const std::int64_t vocab = 5000;
+  const irl::Rows rows = {irl::Dtype::float32, vocab, {{200}, {vocab}}};
+  std::vector<float> q(200 * vocab, 0.5f), vector(200, 1.0f), row_max(200), logsum(200);
+  irl::row_stats_grad(irl::find_isa(""), 7, rows, q.data(), vector.data(), vector.data(), nullptr,
+                      row_max.data(), logsum.data(), nullptr, q.data(), rows.layout);
+  for (const float x : logsum)
+    expect(std::fabs(x - std::log(5000.0f)) < 1e-6f, "logsum of a constant row", "threads", x);
+  return failures != 0;
+}
