@@ -358,6 +358,29 @@ def test_lora(build, peft_first, tmp_path):
     assert_one_step(model, before, gradients)
 
 
+@every_model
+def test_inplace_and_entropy_reach_the_loss(build):
+    model = build()
+    batch = collate(examples(model))
+    shift = not model.config.is_encoder_decoder
+    reference = copy.deepcopy(model).double()
+    logits = reference(**batch).logits
+    total, count = naive_sum(logits, batch["labels"], shift=shift)
+    labels = F.pad(batch["labels"][:, shift:], (0, int(shift)), value=-100)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()[labels != -100].mean()
+    expected = total / count - 0.3 * entropy
+    expected.backward()
+    loss = apply_iqlearn(model, **OPTIONS, entropy_coef=0.3, inplace=True)(**batch).loss
+    close_loss(loss, expected)
+    loss.backward()
+    for name, parameter in reference.named_parameters():
+        gradient = model.get_parameter(name).grad
+        torch.testing.assert_close(
+            gradient, parameter.grad, rtol=CLOSE_UPDATE, atol=1e-6, check_dtype=False
+        )
+    close_loss(torch.tensor(model.loss_function.drain("")["entropy"]), entropy)
+
+
 def test_router_loss_is_kept():
     model = mixtral()
     batch = collate(examples(model))
@@ -396,12 +419,12 @@ def test_torch_compile():
 
 
 def packed_batch():
-    """Three documents in one row, their first labels not masked."""
-    documents = [torch.randint(3, VOCAB, (n,)) for n in (6, 4, 7)]
+    """Four documents in one row, one of a single token, their first labels not masked."""
+    documents = [torch.randint(3, VOCAB, (n,)) for n in (6, 4, 1, 7)]
     ids = torch.cat(documents)[None]
     positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
-    ends = torch.tensor([0, 6, 10, 17], dtype=torch.int32)
-    segments = torch.tensor([0] * 6 + [1] * 4 + [2] * 7)[None]
+    ends = torch.tensor([0, 6, 10, 11, 18], dtype=torch.int32)
+    segments = torch.tensor([0] * 6 + [1] * 4 + [2] + [3] * 7)[None]
     return documents, {"input_ids": ids, "labels": ids, "position_ids": positions}, ends, segments
 
 
@@ -456,7 +479,7 @@ def test_positions_of_several_axes_are_not_packing():
     model = apply_iqlearn(llama(), **OPTIONS)
     _, batch, _, _ = packed_batch()
     del batch["position_ids"]
-    assert segment_ids(batch | {"position_ids": torch.zeros(3, 1, 17)}) is None
+    assert segment_ids(batch | {"position_ids": torch.zeros(3, 1, 18)}) is None
     assert model(**batch).loss > 0
 
 
