@@ -132,7 +132,7 @@ def check_rows(
 def check_inplace(logits: Tensor) -> None:
     """The gradient may take the logits' storage unless somebody else is sure to need it."""
     base = logits if logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
+    if logits.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True with logits that are a leaf, or a view of one; accepted: logits that "
             "were computed, since the gradient takes their storage"

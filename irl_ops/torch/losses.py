@@ -1,44 +1,16 @@
-"""The public functions: arguments are checked, turned into rows and weights, and handed on."""
+"""The losses, their arguments and what they promise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
 
-import array_api_compat.torch as xp
-import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments, ops
-from irl_ops.torch.backends import choose
-from irl_ops.torch.single_pass import SinglePass
-
-Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
-Boundary = Literal["terminal", "bootstrap", "drop"]
-Reduction = Literal["mean", "sum", "none"]
-
-
-class TokenStats(NamedTuple):
-    """Statistics of every row; float32 tensors of the labels' shape, differentiable.
-
-    Attributes:
-        value: V_t = logsumexp(q_t), or the given ``values``. For every row.
-        logprob: log pi_t, at most 0; 0 in IGNORED rows.
-        entropy: H_t, within [0, log V]. For every row; None with ``entropy=False``.
-        reward: delta_t = q_t[a_t] - gamma V'_t; 0 in NO_TD and IGNORED rows.
-        next_value: V'_t; 0 unless the row bootstraps.
-        kind: int8, one of IGNORED, TERMINAL, BOOTSTRAP, NO_TD of ``irl_ops.algebra``.
-    """
-
-    value: Tensor
-    logprob: Tensor
-    entropy: Tensor | None
-    reward: Tensor
-    next_value: Tensor
-    kind: Tensor
+from irl_ops.torch import arguments
+from irl_ops.torch.forward import Boundary, Loss, Reduction, loss_of
 
 
 def iqlearn_loss(
@@ -132,7 +104,7 @@ def iqlearn_loss(
     """
     arguments.check_scalar("lam", lam, 0.0, math.inf)
     arguments.check_scalar("gamma", gamma, 0.0, 1.0)
-    return _loss(
+    return loss_of(
         partial(algebra.iqlearn_objective, lam=lam, gamma=gamma),
         logits,
         labels,
@@ -195,7 +167,7 @@ def mle_loss(
         >>> labels = torch.randint(100, (2, 8))
         >>> mle_loss(logits, labels, entropy_coef=0.01).backward()
     """
-    return _loss(
+    return loss_of(
         algebra.mle_objective,
         logits,
         labels,
@@ -297,7 +269,7 @@ def online_iqlearn_loss(
     arguments.check_logits(logits, labels)
     arguments.check_flags("is_expert", is_expert, labels)
     objective = algebra.online_iqlearn_objective
-    return _loss(
+    return loss_of(
         partial(objective, is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma),
         logits,
         labels,
@@ -322,200 +294,4 @@ def online_iqlearn_loss(
         return_metrics=return_metrics,
         inplace=inplace,
         backend=backend,
-    )
-
-
-def token_stats(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    gamma: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    where: Tensor | None = None,
-    shift: bool = False,
-    segment_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    boundary: Boundary = "terminal",
-    truncated: Tensor | None = None,
-    detach_next: bool = False,
-    next_values: Tensor | None = None,
-    values: Tensor | None = None,
-    entropy: bool = True,
-    backend: str = "auto",
-) -> TokenStats:
-    r"""Value, log-likelihood, entropy and extracted reward of every row (Sec. 3.4).
-
-    .. math:: r_t = q_t[a_t] - \gamma V'_t
-
-    One read of the logits; one more and one write where a gradient is asked for, whatever is
-    computed from the outputs. At gamma = 1 the rewards of an episode that ends in a terminal row
-    sum to log pi(episode) + V(first row): they rank the answers to one prompt as likelihood does.
-
-    Args:
-        logits: ``[..., T, V]``; see ``iqlearn_loss`` for this and all that follow.
-        labels: ``[..., T]``.
-        gamma: discount in [0, 1]; a number or a 0-d tensor.
-        ignore_index: label of rows that carry none.
-        where: bool ``[..., T]``.
-        shift: logits[t] scores labels[t + 1].
-        segment_ids: ``[..., T]``.
-        position_ids: ``[..., T]``.
-        cu_seqlens: ``[S + 1]``.
-        eos_token_id: tokens that end an episode.
-        boundary: "terminal", "bootstrap" or "drop".
-        truncated: bool ``[...]`` or ``[..., T]``.
-        detach_next: no gradient flows through V'.
-        next_values: ``[..., T]``.
-        values: ``[..., T]``.
-        entropy: whether the entropy is computed.
-        backend: a name of ``available_backends()``, or "auto".
-
-    Returns:
-        TokenStats: float32 tensors of the labels' shape; ``kind`` int8.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as ``iqlearn_loss``.
-
-    Example:
-        >>> stats = token_stats(torch.randn(2, 8, 100), torch.randint(100, (2, 8)), gamma=0.99)
-        >>> stats.reward.shape
-        torch.Size([2, 8])
-    """
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
-    sequence = dict(
-        ignore_index=ignore_index,
-        where=where,
-        shift=shift,
-        segment_ids=segment_ids,
-        position_ids=position_ids,
-        cu_seqlens=cu_seqlens,
-        eos_token_id=eos_token_id,
-        boundary=boundary,
-        truncated=truncated,
-    )
-    logits, rows, backend = _prepare(logits, labels, sequence, backend)
-    arguments.check_values(labels, next_values=next_values, values=values)
-    stats = _statistics(logits, rows, entropy, backend)
-    step = _transition(rows, stats, gamma, detach_next, next_values, values)
-    return TokenStats(
-        step.value, stats.logprob, stats.entropy, step.reward, step.next_value, rows.kind
-    )
-
-
-def _loss(
-    objective: Any,
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    sequence: dict[str, Any],
-    entropy_coef: float | Tensor,
-    token_weights: Tensor | None,
-    num_items: Any,
-    reduction: Reduction,
-    return_metrics: bool,
-    inplace: bool,
-    backend: str,
-    detach_next: bool = False,
-    next_values: Tensor | None = None,
-    values: Tensor | None = None,
-) -> Loss:
-    """Any loss, by its objective: in a single pass where a scalar loss needs a gradient."""
-    arguments.check_scalar("entropy_coef", entropy_coef, -math.inf, math.inf)
-    given = logits
-    logits, rows, backend = _prepare(logits, labels, sequence, backend)
-    arguments.check_weights(
-        labels, token_weights=token_weights, num_items=num_items, reduction=reduction
-    )
-    arguments.check_values(labels, next_values=next_values, values=values)
-    loss = objective(
-        xp,
-        rows.kind,
-        torch.ones_like(labels, dtype=torch.float32)
-        if token_weights is None
-        else token_weights.float(),
-        reduction=reduction,
-        num_items=num_items,
-        entropy_coef=entropy_coef,
-    )
-    differentiable = logits.requires_grad and torch.is_grad_enabled()
-    if inplace:
-        if reduction == "none":
-            raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
-        if differentiable:
-            arguments.check_inplace(given)
-    # A float16 gradient waits for the backward pass, so that the factor of a GradScaler reaches it
-    # before it is rounded: 1/N alone underflows.
-    at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
-    total: Tensor
-    if differentiable and at_once:
-        total, value, logprob, entropy, *transition = SinglePass.apply(  # type: ignore[no-untyped-call]
-            logits,
-            None if values is None else values.float(),
-            None if next_values is None else next_values.float(),
-            *rows,
-            loss.mle,
-            loss.td,
-            loss.gamma,
-            entropy_coef,
-            detach_next,
-            inplace,
-            backend,
-        )
-        stats = algebra.Statistics(value, None, logprob, entropy)
-        step = algebra.Transition(*transition)
-    else:
-        stats = _statistics(logits, rows, loss.entropy, backend)
-        step = _transition(rows, stats, loss.gamma, detach_next, next_values, values)
-        total = algebra.row_losses(xp, loss, stats, step.reward)
-        total = total if reduction == "none" else total.sum()
-    if not return_metrics:
-        return total
-    with torch.no_grad():
-        return total, algebra.metrics(xp, rows.kind, loss, stats, step)
-
-
-def _prepare(
-    logits: Tensor, labels: Tensor, sequence: dict[str, Any], backend: str
-) -> tuple[Tensor, algebra.Rows, str]:
-    """Checked logits with a contiguous last axis, their rows, and the backend's name."""
-    arguments.check_logits(logits, labels)
-    arguments.check_sequence(labels, **sequence)
-    backend = choose(backend, logits.device)
-    rows = algebra.rows_of(xp, labels.long(), logits.shape[-1], **sequence)
-    if logits.device.type == "cpu":
-        checked = ops.check_labels(
-            rows.labels, labels, logits.shape[-1], sequence["ignore_index"], sequence["shift"]
-        )
-        rows = rows._replace(labels=checked)
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    return logits, rows, backend
-
-
-def _statistics(
-    logits: Tensor, rows: algebra.Rows, entropy: bool, backend: str
-) -> algebra.Statistics:
-    row_max, logsum, label_logit, h = ops.row_stats(logits, rows.labels, entropy, backend)
-    h = h if entropy else None
-    return algebra.statistics(xp, rows.labels, row_max, logsum, label_logit, h)
-
-
-def _transition(
-    rows: algebra.Rows,
-    stats: algebra.Statistics,
-    gamma: float | Tensor,
-    detach_next: bool,
-    next_values: Tensor | None,
-    values: Tensor | None,
-) -> algebra.Transition:
-    return algebra.transition(
-        xp,
-        rows.kind,
-        stats,
-        gamma,
-        next_values=None if next_values is None else next_values.float(),
-        values=None if values is None else values.float(),
-        stop_gradient=Tensor.detach if detach_next else None,
     )
