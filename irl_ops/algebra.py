@@ -41,9 +41,7 @@ NO_LABEL = -1
 BAD_LABEL = 2**31 - 1  # outside every vocabulary: the kernels answer NaN and read nothing
 
 
-# ---------------------------------------------------------------------------------------------
-# Sequences: which row follows which, and what kind each is
-# ---------------------------------------------------------------------------------------------
+# --- Sequences: which row follows which, and what kind each is ---
 
 
 class Rows(NamedTuple):
@@ -146,9 +144,7 @@ def rows_of(
     return Rows(labels, kind)
 
 
-# ---------------------------------------------------------------------------------------------
-# Weights: what makes one loss different from another
-# ---------------------------------------------------------------------------------------------
+# --- Weights: what makes one loss different from another ---
 
 
 class Objective(NamedTuple):
@@ -240,9 +236,7 @@ def _has_td(kind: Array) -> Array:
     return (kind == TERMINAL) | (kind == BOOTSTRAP)
 
 
-# ---------------------------------------------------------------------------------------------
-# From row statistics to the loss
-# ---------------------------------------------------------------------------------------------
+# --- From row statistics to the loss ---
 
 
 class Statistics(NamedTuple):
@@ -339,9 +333,7 @@ def _mean(xp: Any, x: Array, rows: Array) -> Array:
     return xp.sum(xp.where(rows, x, 0.0)) / xp.where(count > 0, count, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Loss and gradient in one pass over the logits
-# ---------------------------------------------------------------------------------------------
+# --- Loss and gradient in one pass over the logits ---
 
 
 class SinglePass(NamedTuple):
