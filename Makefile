@@ -37,7 +37,7 @@ lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(wildcard tests/cpp/*)
 
 wheel: $(READY) ## build dist/*.tar.gz, and dist/*.whl from it
 	rm -rf build dist
