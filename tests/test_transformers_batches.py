@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
+    LlamaForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -96,6 +97,26 @@ def test_positions_of_several_axes_are_not_packing():
     del batch["position_ids"]
     assert segment_ids(batch | {"position_ids": torch.zeros(3, 1, 18)}) is None
     assert model(**batch).loss > 0
+
+
+class TwiceLlamaForCausalLM(LlamaForCausalLM):
+    """As models that predict several tokens ahead: the loss of each head is added."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        again = self.loss_function(outputs.logits, labels, VOCAB)
+        outputs.loss = outputs.loss + again
+        return outputs
+
+
+def test_a_second_head_gets_the_same_batch():
+    model = TwiceLlamaForCausalLM(llama().config)
+    _, batch, _, segments = packed_batch()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = LlamaForCausalLM.forward(model, **inputs).logits
+    total, _ = naive_sum(logits, batch["labels"], shift=True, segments=segments)
+    loss = apply_iqlearn(model, **OPTIONS)(**batch, num_items_in_batch=7).loss
+    close_loss(loss, 2 * total / 7)
 
 
 def test_shift_labels():

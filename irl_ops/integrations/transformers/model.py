@@ -102,7 +102,7 @@ def applied_loss(base: PreTrainedModel) -> ModelLoss | None:
 class ModelLoss(Loss):
     """What ``model.loss_function`` becomes; ``batch`` is what a forward does not pass on to it."""
 
-    batch: tuple[Any, Tensor | None] | None = None
+    batch: tuple[Any, Tensor | None] | None = None  # num_items and segment_ids, during a forward
 
     def __call__(
         self,
@@ -114,11 +114,12 @@ class ModelLoss(Loss):
         **unused: Any,
     ) -> Tensor:
         """The loss of a decoder."""
-        num_items, segment_ids = self.batch or (num_items_in_batch, None)
-        self.batch = None
+        num_items, segments = self.batch or (num_items_in_batch, None)
+        if segments is not None:
+            segments = segments.to(logits.device)
         shift = shift_labels is None
         given = labels if shift_labels is None else shift_labels
-        return self.compute(logits, given, num_items, shift=shift, segment_ids=segment_ids)
+        return self.compute(logits, given, num_items, shift=shift, segment_ids=segments)
 
 
 def _patched(model: PreTrainedModel) -> MethodType:
@@ -156,13 +157,12 @@ def _shifted(
 ) -> Any:
     """A decoder: its forward calls ``model.loss_function``, and adds a router's loss to that."""
     loss: ModelLoss = vars(model)["_iqlearn"]
-    loss.batch = (num_items, segment_ids(inputs))
+    loss.called, loss.batch = False, (num_items, segment_ids(inputs))
     try:
         outputs = forward(**inputs)
-        called = loss.batch is None
     finally:
         loss.batch = None
-    if not called:
+    if not loss.called:
         raise RuntimeError(
             f"{type(model).__name__}.forward computes a loss of its own and does not call "
             "model.loss_function, so it would not train IQLearn. Liger's fused cross-entropy and "
