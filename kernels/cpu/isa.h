@@ -17,8 +17,8 @@ struct Segment {
   float reference;
 };
 
-// sum = sum_j exp(q_j - shift) and weighted = sum_j exp(q_j - shift) (q_j - shift), where shift is
-// max = max_j q_j, or 0 if every q_j is -inf (or NaN).
+// max = max_j q_j over those that are numbers; sum = sum_j exp(q_j - max), weighted = sum_j
+// exp(q_j - max) (q_j - max). Without a number above -inf, max is -inf and the sums are 0 or NaN.
 struct RowSums {
   float max;
   double sum;
@@ -26,14 +26,14 @@ struct RowSums {
   std::int64_t segments;
 };
 
-inline constexpr std::int64_t kBlock = 2048;  // elements found in L1 by the second look at them
+inline constexpr std::int64_t kBlock = 2048;  // elements summed in float32, then in double
 inline constexpr std::int64_t kLanes = 16;
 
 // How a row is written: straight to memory where it is mapped and too large for the caches.
 enum class Stores { cached, streamed };
 
 struct RowLoops {
-  // Reads q once. `exps` (vocab + kLanes floats) and `segments` (one a block) may be null.
+  // Reads q once. `exps` (vocab + kLanes floats) and `segments` (vocab / kBlock + 2) may be null.
   RowSums (*scan)(const void* q, std::int64_t vocab, bool entropy, float* exps, Segment* segments);
 
   // y_j = p_j (a + b log p_j) from the scratch of scan, log_sum = log sum_j exp(q_j - max).

@@ -73,83 +73,103 @@ IRL_INLINE double total(const double* totals) {
   return sum;
 }
 
-// max(top, the elements that are numbers); this first look brings the block from memory to L1.
+// The largest of the first n elements that is a number, -inf if there is none.
 template <class T>
-IRL_INLINE float block_max(const T* q, std::int64_t n, float top) {
-  Lanes m0 = splat(top), m1 = m0, m2 = m0, m3 = m0;
+IRL_INLINE float largest_of(const T* q, std::int64_t n) {
+  Lanes m = splat(-kInfinity);
   std::int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    for (std::int64_t k = 0; k < 4 * kLanes; k += 64 / static_cast<std::int64_t>(sizeof(T)))
-      prefetch(q + j + k);
-    m0 = max_or_second(load(q + j), m0);
-    m1 = max_or_second(load(q + j + kLanes), m1);
-    m2 = max_or_second(load(q + j + 2 * kLanes), m2);
-    m3 = max_or_second(load(q + j + 3 * kLanes), m3);
-  }
-  for (; j + kLanes <= n; j += kLanes) m0 = max_or_second(load(q + j), m0);
-  if (j < n) m1 = max_or_second(load_some(q + j, n - j, -kInfinity), m1);
-  return largest(max_or_second(max_or_second(m0, m1), max_or_second(m2, m3)));
+  for (; j + kLanes <= n; j += kLanes) m = max_or_second(load(q + j), m);
+  if (j < n) m = max_or_second(load_some(q + j, n - j, -kInfinity), m);
+  return largest(m);
 }
 
 struct Accumulator {
-  Lanes sum, weighted;
+  Lanes max, sum, weighted;
 };
 
-// Adds exp(q - shift), and its product with q - shift; keeps the exponentials where asked.
+// Adds exp(q - reference), and its product with q - reference; keeps the exponentials where asked.
 template <bool kEntropy, bool kKeep>
-IRL_INLINE void accumulate(Accumulator& to, Lanes q, Lanes shift, float* keep) {
-  const Lanes d = exp_range(sub(q, shift)), e = exp_ranged(d);
+IRL_INLINE void accumulate(Accumulator& to, Lanes q, Lanes reference, float* keep) {
+  const Lanes d = exp_range(sub(q, reference)), e = exp_ranged(d);
+  to.max = max_or_second(q, to.max);
   to.sum = add(to.sum, e);
   if (kEntropy) to.weighted = muladd(e, d, to.weighted);
   if (kKeep) store(keep, e);
 }
 
+struct BlockSums {
+  Lanes sum, weighted;
+  float max;
+};
+
 template <class T, bool kEntropy, bool kKeep>
-IRL_INLINE void block_sums(const T* q, std::int64_t n, float shift, float* exps, double* sums,
-                           double* weighted) {
-  const Lanes s = splat(shift);
-  Accumulator a0 = {splat(0.0f), splat(0.0f)}, a1 = a0, a2 = a0, a3 = a0;
+IRL_INLINE BlockSums block_sums(const T* q, std::int64_t n, float reference, float* exps) {
+  const Lanes r = splat(reference);
+  Accumulator a0 = {splat(-kInfinity), splat(0.0f), splat(0.0f)}, a1 = a0, a2 = a0, a3 = a0;
   std::int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    accumulate<kEntropy, kKeep>(a0, load(q + j), s, exps + j);
-    accumulate<kEntropy, kKeep>(a1, load(q + j + kLanes), s, exps + j + kLanes);
-    accumulate<kEntropy, kKeep>(a2, load(q + j + 2 * kLanes), s, exps + j + 2 * kLanes);
-    accumulate<kEntropy, kKeep>(a3, load(q + j + 3 * kLanes), s, exps + j + 3 * kLanes);
+    for (std::int64_t k = 0; k < 4 * kLanes; k += 64 / static_cast<std::int64_t>(sizeof(T)))
+      prefetch(q + j + k);
+    accumulate<kEntropy, kKeep>(a0, load(q + j), r, exps + j);
+    accumulate<kEntropy, kKeep>(a1, load(q + j + kLanes), r, exps + j + kLanes);
+    accumulate<kEntropy, kKeep>(a2, load(q + j + 2 * kLanes), r, exps + j + 2 * kLanes);
+    accumulate<kEntropy, kKeep>(a3, load(q + j + 3 * kLanes), r, exps + j + 3 * kLanes);
   }
   for (; j < n; j += kLanes) {
     const Lanes x = n - j < kLanes ? load_some(q + j, n - j, -kInfinity) : load(q + j);
-    accumulate<kEntropy, kKeep>(a0, x, s, exps + j);
+    accumulate<kEntropy, kKeep>(a0, x, r, exps + j);
   }
-  add_to(sums, add(add(a0.sum, a1.sum), add(a2.sum, a3.sum)));
-  if (kEntropy) add_to(weighted, add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)));
+  const Lanes max = max_or_second(max_or_second(a0.max, a1.max), max_or_second(a2.max, a3.max));
+  return {add(add(a0.sum, a1.sum), add(a2.sum, a3.sum)),
+          add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)), largest(max)};
 }
 
+// sum_j exp(q_j - reference), and the same weighted by q_j - reference, in sixteen lanes.
+struct Totals {
+  double sum[kLanes], weighted[kLanes];
+
+  // The same sums measured from another reference: by the factor exp(change).
+  void move(double change) {
+    const double factor = __builtin_exp(change);
+    for (int l = 0; l < kLanes; ++l) {
+      weighted[l] = factor * (weighted[l] + change * sum[l]);
+      sum[l] *= factor;
+    }
+  }
+};
+
 // Traffic: one read of q. exps stay in the cache.
+//
+// One look at each element: the reference is not the row's maximum, which is known at the end only,
+// but at most kSlack below the largest element so far. A block that rises above that is redone.
 template <class T, bool kEntropy, bool kKeep>
 RowSums scan(const T* q, std::int64_t vocab, float* exps, Segment* segments) {
+  constexpr float kSlack = 1.0f;
   RowSums row = {-kInfinity, 0.0, 0.0, 0};
-  double sums[kLanes] = {}, weighted[kLanes] = {};
+  Totals totals = {};
+  float reference = largest_of(q, vocab < kBlock ? vocab : kBlock);
+  if (reference == -kInfinity) reference = 0.0f;
+  if (kKeep) segments[row.segments++] = {0, reference};
   for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
     const std::int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
-    const float max = block_max(q + begin, n, row.max);
-    if (max > row.max || begin == 0) {
-      // What was summed so far referred to the old maximum; nothing was if that was -inf.
-      if (row.max > -kInfinity) {
-        const double change = static_cast<double>(row.max) - static_cast<double>(max);
-        const double factor = __builtin_exp(change);
-        for (int l = 0; l < kLanes; ++l) {
-          weighted[l] = factor * (weighted[l] + change * sums[l]);
-          sums[l] *= factor;
-        }
-      }
-      row.max = max;
-      if (kKeep) segments[row.segments++] = {begin, max};
+    float* keep = exps + (kKeep ? begin : 0);
+    BlockSums block = block_sums<T, kEntropy, kKeep>(q + begin, n, reference, keep);
+    const bool first_number = row.max == -kInfinity && block.max > -kInfinity;
+    if (block.max > reference + kSlack || (first_number && block.max != reference)) {
+      if (!first_number)
+        totals.move(static_cast<double>(reference) - static_cast<double>(block.max));
+      reference = block.max;
+      if (kKeep) segments[row.segments++] = {begin, reference};
+      block = block_sums<T, kEntropy, kKeep>(q + begin, n, reference, keep);
     }
-    const float shift = max > -kInfinity ? max : 0.0f;
-    block_sums<T, kEntropy, kKeep>(q + begin, n, shift, exps + (kKeep ? begin : 0), sums, weighted);
+    if (block.max > row.max) row.max = block.max;
+    add_to(totals.sum, block.sum);
+    if (kEntropy) add_to(totals.weighted, block.weighted);
   }
-  row.sum = total(sums);
-  row.weighted = total(weighted);
+  if (row.max > -kInfinity && row.max != reference)
+    totals.move(static_cast<double>(reference) - static_cast<double>(row.max));
+  row.sum = total(totals.sum);
+  row.weighted = total(totals.weighted);
   return row;
 }
 
@@ -163,10 +183,12 @@ struct Zero {
 };
 
 // c exps_j, the scratch being padded by kLanes.
+template <class T>
 struct Scaled {
   const float* exps;
+  const T* next;
   Lanes c;
-  __attribute__((always_inline)) Lanes at(std::int64_t j) const { return mul(c, load(exps + j)); }
+  __attribute__((always_inline)) Lanes at(std::int64_t j) const { __builtin_prefetch(next+j,0,2); return mul(c, load(exps + j)); }
   __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t) const { return at(j); }
 };
 
@@ -266,7 +288,7 @@ void write_scanned(const void* q, void* y, std::int64_t vocab, const float* exps
         static_cast<double>(segments[s].reference) - static_cast<double>(sums.max);
     const double share = __builtin_exp(change) / sums.sum;
     if (b == 0.0f) {
-      fill(static_cast<T*>(y), begin, end, Scaled{exps, splat(static_cast<float>(a * share))},
+      fill(static_cast<T*>(y), begin, end, Scaled<T>{exps, static_cast<const T*>(q)+vocab, splat(static_cast<float>(a * share))},
            stores);
     } else {
       const ScaledEntropy<T> row = {exps,

@@ -41,7 +41,7 @@ class Scratch {
   explicit Scratch(std::int64_t vocab)
       : exps_(static_cast<float*>(::operator new(
             static_cast<std::size_t>(vocab + kLanes) * sizeof(float), std::align_val_t{64}))),
-        segments_(static_cast<std::size_t>(vocab / kBlock + 1)) {}
+        segments_(static_cast<std::size_t>(vocab / kBlock + 2)) {}
   ~Scratch() { ::operator delete(exps_, std::align_val_t{64}); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
