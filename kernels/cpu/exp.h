@@ -13,7 +13,7 @@ IRL_INLINE Lanes exp_range(Lanes x) {
   return max_or_second(splat(kExpZero), min_or_second(splat(kExpInfinite), x));
 }
 
-// x comes from exp_range; -inf became kExpZero there and gives exactly 0.
+// x is in that range, or NaN; -inf became kExpZero there and gives exactly 0.
 IRL_INLINE Lanes exp_ranged(Lanes x) {
   const Power n = power_of_two(x);
   Lanes r = muladd(as_float(n), splat(-0.693359375f), x);

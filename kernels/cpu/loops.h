@@ -88,9 +88,10 @@ struct Accumulator {
 };
 
 // Adds exp(q - reference), and its product with q - reference; keeps the exponentials where asked.
+// Above the range of exp they mean nothing, and the block is redone.
 template <bool kEntropy, bool kKeep>
 IRL_INLINE void accumulate(Accumulator& to, Lanes q, Lanes reference, float* keep) {
-  const Lanes d = exp_range(sub(q, reference)), e = exp_ranged(d);
+  const Lanes d = max_or_second(splat(kExpZero), sub(q, reference)), e = exp_ranged(d);
   to.max = max_or_second(q, to.max);
   to.sum = add(to.sum, e);
   if (kEntropy) to.weighted = muladd(e, d, to.weighted);
@@ -183,12 +184,10 @@ struct Zero {
 };
 
 // c exps_j, the scratch being padded by kLanes.
-template <class T>
 struct Scaled {
   const float* exps;
-  const T* next;
   Lanes c;
-  __attribute__((always_inline)) Lanes at(std::int64_t j) const { __builtin_prefetch(next+j,0,2); return mul(c, load(exps + j)); }
+  __attribute__((always_inline)) Lanes at(std::int64_t j) const { return mul(c, load(exps + j)); }
   __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t) const { return at(j); }
 };
 
@@ -288,7 +287,7 @@ void write_scanned(const void* q, void* y, std::int64_t vocab, const float* exps
         static_cast<double>(segments[s].reference) - static_cast<double>(sums.max);
     const double share = __builtin_exp(change) / sums.sum;
     if (b == 0.0f) {
-      fill(static_cast<T*>(y), begin, end, Scaled<T>{exps, static_cast<const T*>(q)+vocab, splat(static_cast<float>(a * share))},
+      fill(static_cast<T*>(y), begin, end, Scaled{exps, splat(static_cast<float>(a * share))},
            stores);
     } else {
       const ScaledEntropy<T> row = {exps,
