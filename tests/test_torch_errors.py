@@ -91,6 +91,9 @@ HEADS: list[tuple[dict[str, Any], type, str]] = [
     (dict(gamma="1"), TypeError, r"gamma is '1'; accepted: a number or a 0-d tensor"),
     (dict(gamma=None), TypeError, r"gamma is None; accepted: a number or a 0-d tensor"),
     (dict(gamma=torch.ones(2)), ValueError, r"gamma has shape \[2\]; accepted: a number, a 0-d"),
+    (dict(gamma=torch.tensor(1j)), TypeError, r"gamma is torch\.complex64; accepted: .*floats"),
+    (dict(gamma=torch.ones((), device="meta")), ValueError, r"gamma is on meta; accepted: cpu"),
+    (dict(detach_next=1), TypeError, r"detach_next is 1; accepted: True or False"),
     (dict(gamma=GRAD), ValueError, r"gamma requires a gradient.*accepted: gamma\.detach\(\)"),
     (dict(values=LABELS), TypeError, rf"values is torch\.int64; accepted: {FLOATS}"),
     (dict(values=ROWS[:, 1:]), ValueError, r"values has shape \[2, 2\]; accepted: \[2, 3\]"),
@@ -116,6 +119,10 @@ WEIGHTS: list[tuple[dict[str, Any], type, str]] = [
     ),
     (dict(entropy_coef="1"), TypeError, r"entropy_coef is '1'; accepted: a number or a 0-d"),
     (dict(entropy_coef=torch.ones(1)), ValueError, r"entropy_coef has shape \[1\]; accepted:"),
+    (dict(entropy_coef=torch.tensor(True)), TypeError, r"entropy_coef is torch\.bool; accepted:"),
+    (dict(inplace="no"), TypeError, r"inplace is 'no'; accepted: True or False"),
+    (dict(return_metrics=None), TypeError, r"return_metrics is None; accepted: True or False"),
+    (dict(inplace=True, reduction="none"), ValueError, "inplace=True with reduction='none'"),
     (dict(entropy_coef=GRAD), ValueError, r"entropy_coef requires a gradient"),
     (dict(entropy_coef=float("nan")), ValueError, r"entropy_coef is nan"),
 ]
@@ -123,6 +130,7 @@ ONE_NUMBER: list[tuple[dict[str, Any], type, str]] = [
     (dict(num_items=-1), ValueError, r"num_items is -1; accepted: \[0, inf\)"),
     (dict(num_items="3"), TypeError, r"num_items is '3'; accepted: a number or a 0-d tensor"),
     (dict(num_items=torch.ones(2)), ValueError, r"num_items has shape \[2\]; accepted:"),
+    (dict(num_items=torch.ones((), device="meta")), ValueError, "num_items is on meta; accepted"),
     (dict(num_items=GRAD), ValueError, "num_items requires a gradient"),
     (
         dict(num_items=3, reduction="sum"),
@@ -165,6 +173,7 @@ ONLINE: list[tuple[dict[str, Any], type, str]] = [
 ]
 BACKEND: list[tuple[dict[str, Any], type, str]] = [
     (dict(backend="cuda"), ValueError, r"backend is 'cuda'; accepted: 'auto', .*'reference'"),
+    (dict(backend=["native"]), ValueError, r"backend is \['native'\]; accepted: 'auto'"),
     (dict(backend=None), (ValueError, TypeError), "backend is None; accepted"),
 ]
 SHARED = LOGITS_AND_LABELS + SEQUENCES + EPISODES + BACKEND

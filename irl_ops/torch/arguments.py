@@ -45,8 +45,7 @@ def check_sequence(
     """The options that say which row follows which."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index is {ignore_index!r}; accepted: an int")
-    if not isinstance(shift, bool):
-        raise TypeError(f"shift is {shift!r}; accepted: True or False")
+    check_switches(shift=shift)
     markers = dict(segment_ids=segment_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
     given = [name for name, marker in markers.items() if marker is not None]
     if len(given) > 1:
@@ -88,7 +87,7 @@ def check_weights(labels: Tensor, *, token_weights: Any, num_items: Any, reducti
     if reduction != "mean":
         raise ValueError(f"num_items is given with reduction={reduction!r}; accepted: 'mean'")
     for items in num_items if isinstance(num_items, tuple) else (num_items,):
-        check_scalar("num_items", items, 0, math.inf)
+        check_scalar("num_items", items, labels, 0, math.inf)
 
 
 def check_values(labels: Tensor, *, next_values: Any, values: Any) -> None:
@@ -98,11 +97,20 @@ def check_values(labels: Tensor, *, next_values: Any, values: Any) -> None:
             check_rows(name, x, labels, FLOATS)
 
 
-def check_scalar(name: str, x: Any, low: float, high: float, *, open_end: bool = False) -> None:
-    """A number within [low, high], or a 0-d tensor, whose value is not looked at."""
+def check_scalar(
+    name: str, x: Any, logits: Any, low: float, high: float, *, open_end: bool = False
+) -> None:
+    """A number within [low, high], or a 0-d tensor, whose value is not looked at.
+
+    The tensor lives on the CPU or where the logits do.
+    """
     if isinstance(x, Tensor):
         if x.ndim != 0:
             raise ValueError(f"{name} has shape {list(x.shape)}; accepted: a number, a 0-d tensor")
+        if x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"{name} is {x.dtype}; accepted: a tensor of floats or integers")
+        if x.device.type != "cpu" and isinstance(logits, Tensor):
+            _check_device(name, x, logits)
         _refuse_gradient(name, x)
         return
     if isinstance(x, bool) or not isinstance(x, int | float):
@@ -111,6 +119,13 @@ def check_scalar(name: str, x: Any, low: float, high: float, *, open_end: bool =
     if not math.isfinite(x) or not (low <= x < high if open_end else low <= x <= high):
         end = ")" if open_end else "]"
         raise ValueError(f"{name} is {x}; accepted: [{low}, {high}{end}")
+
+
+def check_switches(**switches: Any) -> None:
+    """Options that are True or False."""
+    for name, x in switches.items():
+        if not isinstance(x, bool):
+            raise TypeError(f"{name} is {x!r}; accepted: True or False")
 
 
 def check_flags(name: str, x: Any, labels: Tensor) -> None:

@@ -42,7 +42,7 @@ def choose(name: str, device: torch.device) -> str:
         name = os.environ.get("IRL_OPS_BACKEND", "auto")
     if name == "auto":
         return next(n for n, b in BACKENDS.items() if b.unavailable(device) is None)
-    if name not in BACKENDS:
+    if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
         raise ValueError(f"backend is {name!r}; accepted: {accepted}")
     reason = BACKENDS[name].unavailable(device)

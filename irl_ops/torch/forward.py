@@ -37,7 +37,10 @@ def loss_of(
     values: Tensor | None = None,
 ) -> Loss:
     """Any loss, by its objective: in a single pass where a scalar loss needs a gradient."""
-    arguments.check_scalar("entropy_coef", entropy_coef, -math.inf, math.inf)
+    arguments.check_scalar("entropy_coef", entropy_coef, logits, -math.inf, math.inf)
+    arguments.check_switches(
+        detach_next=detach_next, return_metrics=return_metrics, inplace=inplace
+    )
     given = logits
     logits, rows, backend = prepare(logits, labels, sequence, backend)
     arguments.check_weights(

@@ -102,8 +102,8 @@ def iqlearn_loss(
         >>> labels = torch.randint(100, (2, 8))
         >>> iqlearn_loss(logits, labels, lam=0.1).backward()
     """
-    arguments.check_scalar("lam", lam, 0.0, math.inf)
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
     return loss_of(
         partial(algebra.iqlearn_objective, lam=lam, gamma=gamma),
         logits,
@@ -261,9 +261,9 @@ def online_iqlearn_loss(
         >>> labels = torch.randint(100, (2, 8))
         >>> online_iqlearn_loss(logits, labels, torch.tensor([True, False])).backward()
     """
-    arguments.check_scalar("alpha", alpha, 0.0, 1.0, open_end=True)
-    arguments.check_scalar("lam", lam, 0.0, math.inf)
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    arguments.check_scalar("alpha", alpha, logits, 0.0, 1.0, open_end=True)
+    arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
     if num_items is not None and not (isinstance(num_items, tuple | list) and len(num_items) == 2):
         raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
     arguments.check_logits(logits, labels)

@@ -89,7 +89,8 @@ def token_stats(
         >>> stats.reward.shape
         torch.Size([2, 8])
     """
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
+    arguments.check_switches(detach_next=detach_next, entropy=entropy)
     sequence = dict(
         ignore_index=ignore_index,
         where=where,
