@@ -117,10 +117,7 @@ def cases(draw: Any, names: tuple[str, ...] = LOSSES, garbage: bool = True) -> C
         return scale * torch.randn(shape, generator=generator)
 
     options["entropy_coef"] = number(draw, 0.0, 0.0, 0.3, -0.1)
-    if name == "mle_loss":
-        for key in ("eos_token_id", "boundary", "truncated"):
-            options.pop(key, None)
-    else:
+    if name != "mle_loss":
         options["lam"] = number(draw, 0.0, 0.1, 0.1, 1.5)
         options["gamma"] = number(draw, 0.0, 0.9, 1.0, 1.0)
         options["detach_next"] = draw(st.booleans())
