@@ -191,35 +191,6 @@ def test_an_ignored_row_gets_a_gradient_from_its_neighbour(backend: str) -> None
     assert gradient[2].eq(0).all()
 
 
-def test_garbage_stays_in_its_row(backend: str) -> None:
-    """NaN in an ignored row: no matter unless another row bootstraps from it."""
-    logits, _ = batch(3)
-    labels = torch.tensor([4, 5, -100])
-    with torch.no_grad():
-        logits[2] = math.nan
-    for reduction in ("mean", "none"):
-        loss, gradient = run(logits, labels, reduction=reduction, backend=backend)
-        assert loss.isfinite().all()
-        assert gradient[:2].isfinite().all() and gradient[2].eq(0).all()
-    loss, _ = run(logits, labels, boundary="bootstrap", backend=backend)
-    assert loss.isnan()
-    for options in (dict(lam=0.0), dict(next_values=torch.zeros(3)), dict(values=torch.ones(3))):
-        loss, gradient = run(logits, labels, boundary="bootstrap", backend=backend, **options)
-        assert loss.isfinite() and gradient[2].eq(0).all() and gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("garbage", [math.nan, math.inf])
-def test_garbage_in_a_labelled_row_shows(backend: str, garbage: float) -> None:
-    logits, labels = batch(2, 4)
-    labels[:] = 3
-    with torch.no_grad():
-        logits[1, 2, 5] = garbage
-        assert irl.iqlearn_loss(logits, labels, backend=backend).isnan()
-    assert run(logits, labels, backend=backend)[0].isnan()
-    rows, _ = run(logits, labels, reduction="none", backend=backend)
-    assert rows[0].isfinite().all() and rows[1, 2].isnan()
-
-
 def test_next_values_and_values(backend: str) -> None:
     logits, _ = batch(3)
     labels = torch.tensor([4, 5, 6])
@@ -277,42 +248,3 @@ def test_online_groups(backend: str) -> None:
     pair = ((by_row & (labels != -100)).sum(), (~by_row & (labels != -100)).sum().item())
     assert mixed == pytest.approx(online(by_row, num_items=pair)[0].item(), rel=8 * ULP)
     assert online(by_row, num_items=(0, 0))[0] == 0
-
-
-def test_expanded_logits(backend: str) -> None:
-    """Rows that share their memory are read as they are, and their gradients add up."""
-    row = torch.randn(V, requires_grad=True)
-    labels = torch.randint(V, (2, 3))
-    loss = irl.iqlearn_loss(row.expand(2, 3, V), labels, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, row)
-    copied = row.detach().repeat(2, 3, 1).requires_grad_()
-    expected, expected_gradient = run(copied, labels, lam=0.1, gamma=1.0, backend=backend)
-    assert loss == expected
-    torch.testing.assert_close(gradient, expected_gradient.sum((0, 1)), rtol=0, atol=16 * ULP)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
-def test_scalars_of_any_dtype(backend: str, dtype: torch.dtype) -> None:
-    """A 0-d tensor promotes nothing: the loss and its metrics stay float32."""
-    logits, labels = batch(2, 4)
-    one = torch.tensor(1, dtype=dtype)
-    expected, expected_gradient = run(logits, labels, lam=1.0, gamma=1.0, backend=backend)
-    loss, gradient = run(logits, labels, lam=one, gamma=one, backend=backend)
-    assert loss.dtype == torch.float32 and loss == expected
-    assert torch.equal(gradient, expected_gradient)
-    for reduction in ("mean", "none"):
-        loss, metrics = irl.online_iqlearn_loss(
-            logits,
-            labels,
-            torch.tensor([True, False]),
-            lam=one,
-            gamma=one,
-            alpha=0 * one,
-            entropy_coef=one,
-            reduction=reduction,
-            return_metrics=True,
-            backend=backend,
-        )
-        assert loss.dtype == torch.float32
-        assert all(metric.dtype == torch.float32 for metric in metrics.values())
-    assert irl.token_stats(logits, labels, gamma=one).reward.dtype == torch.float32
