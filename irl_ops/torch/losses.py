@@ -83,6 +83,7 @@ def iqlearn_loss(
             and, where ``entropy_coef`` is not 0, "entropy" (means over labelled rows), "td" =
             delta^2 and "reward" = delta (means over rows with a TD term), "tokens" (their count).
         inplace: the gradient takes the logits' storage; they must not be used again.
+            A float16 gradient is then rounded before the factor of a GradScaler reaches it.
         backend: a name of ``available_backends()``; "auto" is the fastest that serves the device.
 
     Returns:
