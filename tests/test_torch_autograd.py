@@ -235,7 +235,8 @@ class Calls(TorchDispatchMode):
 def test_without_a_gradient_no_buffer_for_one(backend: str, way: str) -> None:
     logits, labels = batch(2, 4)
     function = losses(labels, backend)[way]
-    for q, enabled in ((logits, False), (logits.detach(), True)):
+    strided = torch.randn(4, 2, V + 3).movedim(0, 1)[..., 1:-2]  # read as it is, never copied
+    for q, enabled in ((logits, False), (logits.detach(), True), (strided, True)):
         with Calls() as calls, torch.set_grad_enabled(enabled):
             function(q)
         assert not any("grad" in name for name in calls.names if "irl_ops" in name), calls.names
@@ -251,6 +252,11 @@ def test_the_gradient_is_handed_over_not_copied(backend: str) -> None:
     large = {address for numel, address in calls.outputs if numel == logits.numel()}
     large.discard(logits.untyped_storage().data_ptr())
     assert large == {logits.grad.untyped_storage().data_ptr()}
+    strided = torch.randn(4, 2, V + 3).movedim(0, 1)[..., 1:-2].requires_grad_()
+    with Calls() as calls:
+        irl.iqlearn_loss(strided, labels, backend=backend)
+    # the logits themselves, detached, and their gradient
+    assert sum(numel >= strided.numel() for numel, _ in calls.outputs) == 2, calls.names
 
 
 def test_metrics_and_labels_stay_outside(backend: str) -> None:
