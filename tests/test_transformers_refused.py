@@ -141,9 +141,13 @@ def test_the_callback_needs_a_loss(tmp_path):
         LamScheduleCallback(0.1, warmup_ramp)
 
 
-def test_data_parallel_and_split_sequences_are_refused():
+def test_data_parallel_and_split_sequences_are_refused(monkeypatch):
     model = apply_iqlearn(llama(), **OPTIONS)
     batch = collate(examples(model))
+    once = model(**batch, num_items_in_batch=torch.tensor(7)).loss
+    assert model(**batch, num_items_in_batch=torch.tensor(7).expand(2, 1)).loss == once
+
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="DataParallel"):
         model(**batch, num_items_in_batch=torch.ones(1, 1))
     with pytest.raises(ValueError, match="DataParallel"):

@@ -35,8 +35,8 @@ def iqlearn_loss_func(*, shift: bool = True, **options: Any) -> Callable[..., Te
 
     Returns:
         ``f(outputs, labels, num_items_in_batch=None)``, the loss as a 0-d float32 tensor:
-        sum / num_items_in_batch (a number, or a tensor with one element), or the mean over the
-        labelled rows where that is None.
+        sum / num_items_in_batch (a number, or a tensor that holds it once or repeats it), or the
+        mean over the labelled rows where that is None.
 
     Raises:
         TypeError: an unknown option, or one that belongs to a batch.
@@ -74,9 +74,10 @@ class Loss:
     def compute(self, logits: Tensor, labels: Tensor, num_items: Any, **batch: Any) -> Tensor:
         """The loss of a batch; ``batch`` holds its ``shift`` and ``segment_ids``."""
         if isinstance(num_items, Tensor):
-            if num_items.ndim > 1 or num_items.numel() != 1:  # spread over GPUs by the Trainer
+            # The Trainer repeats the number, [n_gpu, 1], for the GPUs of an nn.DataParallel.
+            if num_items.ndim > 1 and torch.accelerator.device_count() > 1:
                 raise ValueError(DATA_PARALLEL)
-            num_items = num_items.to(logits.device).reshape(())
+            num_items = num_items.to(logits.device).flatten()[0]
         labels = labels.to(logits.device)  # a model spread over devices has its head elsewhere
         if self._masked_ends and not torch.compiler.is_compiling():
             self._warn_of_masked_ends(labels)
