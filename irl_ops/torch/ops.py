@@ -119,10 +119,14 @@ def _(logits: Tensor, labels: Tensor) -> Tensor:
 def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
     """Writes one element a row, rounded once; rows without a good label keep what they have."""
     good = (labels >= 0) & (labels < dlogits.shape[-1])
-    index = torch.where(good, labels, 0)[..., None]
-    kept = dlogits.gather(-1, index)
-    elements = elements[..., None].to(dlogits.dtype)
-    dlogits.scatter_(-1, index, torch.where(good[..., None], elements, kept))
+    column = torch.where(good, labels, 0)
+    kept = dlogits.gather(-1, column[..., None])[..., 0]
+    # Not scatter_, which copies the whole of a 16-bit tensor on the CPU, twice.
+    rows = [
+        torch.arange(labels.shape[k], device=labels.device)[(..., *[None] * (labels.ndim - 1 - k))]
+        for k in range(labels.ndim)
+    ]
+    dlogits.index_put_((*rows, column), torch.where(good, elements.to(dlogits.dtype), kept))
 
 
 @torch.library.custom_op("irl_ops::scale_", mutates_args={"dlogits"})
