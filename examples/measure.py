@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -90,16 +91,19 @@ def self_bleu(groups: Sequence[Sequence[str]]) -> float:
 
 
 def loss_milliseconds(
-    models: Sequence[PreTrainedModel], batch: Batch, repeats: int = 15
+    models: Sequence[PreTrainedModel], batch: Batch, repeats: int = 25
 ) -> list[float]:
     """Time each model's own loss, forward and backward, on the same logits; medians.
 
-    The models take turns, so that a disturbance of the machine meets them all.
+    The models take turns, in an order drawn anew each time: a disturbance of the machine meets them
+    all, and so does what another loss leaves in the caches.
     """
     logits, labels = logits_of(models[0], batch)
     times: list[list[float]] = [[] for _ in models]
+    order = random.Random(0)
     for repeat in range(repeats + 2):
-        for model, series in zip(models, times, strict=True):
+        turns = list(zip(models, times, strict=True))
+        for model, series in order.sample(turns, len(turns)):
             synchronize(model)
             start = time.perf_counter()
             loss_and_gradient(model, logits, labels)

@@ -127,6 +127,7 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
         "entropy",
         "Self-\nBLEU",
         "length",
+        "cut\n%",
         "loss\nms",
         "loss\nMB",
         "step\nms",
@@ -140,6 +141,7 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
             f"{r.entropy:.2f}",
             f"{r.self_bleu:.1f}",
             f"{r.length:.1f}",
+            f"{100 * r.unfinished:.0f}",
             f"{r.loss_ms:.1f}",
             f"{r.loss_mb:.1f}",
             f"{r.step_ms:.0f}",
@@ -158,9 +160,9 @@ def key(facts: Mapping[str, Any]) -> Table:
             f"{facts['samples']} samples at temperature 1 of each of {facts['prompts']} prompts",
         ),
         (
-            "length",
-            f"tokens of a sample, at most {facts['max_new_tokens']}; "
-            f"held-out completions have {facts['reference_length']:.1f}",
+            "length, cut",
+            f"tokens of a sample, and the share of samples cut at {facts['max_new_tokens']}; "
+            f"held-out completions have {facts['reference_length']:.1f} tokens",
         ),
         (
             "loss",

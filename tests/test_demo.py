@@ -212,6 +212,7 @@ def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
         assert one["curve"][0] == results["runs"][0]["curve"][0]  # one starting point
         assert one["curve"][-1] == [results["steps"], one["nll"]]
         assert one["loss_ms"] > 0 and one["loss_mb"] > 0 and one["step_ms"] > 0
+        assert 0 <= one["unfinished"] <= 1 and 0 <= one["length"] <= results["max_new_tokens"]
         assert 0 <= one["self_bleu"] <= 100 and one["td"] >= 0 and one["entropy"] > 0
     assert results["runs"][0]["curve"] != results["runs"][1]["curve"]  # the loss was taken up
     assert {"torch", "transformers", "irl_ops"} <= results["versions"].keys()
