@@ -100,7 +100,7 @@ class Placed:
 
 
 class Vector:
-    """A row vector between canaries; 0 is the address of None."""
+    """A row vector between canaries."""
 
     def __init__(self, values: np.ndarray):
         self.buffer = np.full(values.nbytes + 128, CANARY, np.uint8)
