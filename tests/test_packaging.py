@@ -71,6 +71,7 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == irl_ops.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Description-Content-Type"] == "text/markdown"
     always = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {re.split(r"[<>=]", line)[0] for line in always} == {"numpy", "array-api-compat"}
 
