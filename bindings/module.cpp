@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -126,6 +127,10 @@ PYBIND11_MODULE(_native, module) {
              arg("threads"), arg("isa") = "");
   module.def("scale", &scale, arg("dlogits"), arg("dtype"), arg("sizes"), arg("strides"),
              arg("vocab"), arg("factor"), arg("threads"), arg("isa") = "");
+  module.def(
+      "use_openmp",
+      [](Address parallel) { irl::use_openmp(reinterpret_cast<irl::GompParallel>(parallel)); },
+      arg("parallel"));
   module.def("isa", [] { return irl::find_isa("").name; });
   module.def("isas", &isas);
 }

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+
+def _torch_openmp() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch computes with, 0 without one.
+
+    Torch's idle threads spin after each of its loops; threads beside them would lose half a core.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        entry = ctypes.CDLL(str(library)).GOMP_parallel  # found among the library's dependencies
+    except (OSError, AttributeError):  # not Linux, or built without OpenMP
+        return 0
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+
 
 try:
     from irl_ops import _native
@@ -11,6 +28,7 @@ except ImportError as error:  # a source tree that was not built; unavailable() 
     _import_error: ImportError | None = error
 else:
     _import_error = None
+    _native.use_openmp(_torch_openmp())
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

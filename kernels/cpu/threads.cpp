@@ -1,7 +1,9 @@
-// Threads live for one call only: nothing survives to be broken by fork, or to be shut down.
+// Borrows the threads of an OpenMP runtime where one was named. Else threads live for one call
+// only: nothing survives to be broken by fork, or to be shut down.
 #include "threads.h"
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <system_error>
 #include <thread>
@@ -9,43 +11,84 @@
 
 namespace irl {
 
+namespace {
+
 // Below this a thread costs more than it brings: tens of microseconds to start, as much as this
 // many elements take.
 constexpr std::int64_t kWorthwhile = 1 << 17;
 
+// Ranges a thread: one that is held up leaves its share to the others.
+constexpr std::int64_t kRanges = 4;
+
+std::atomic<GompParallel> openmp{nullptr};
+
+// What every thread of a team does: takes the next range until none is left, so that a team smaller
+// than was asked for still does all the work.
+class Ranges {
+ public:
+  Ranges(std::int64_t rows, std::int64_t count,
+         const std::function<void(std::int64_t, std::int64_t)>& work)
+      : length_(rows / count), longer_(rows % count), work_(work), failures_(size(count)) {}
+
+  void run() {
+    const auto count = static_cast<std::int64_t>(failures_.size());
+    for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      try {
+        work_(begin(i), begin(i + 1));
+      } catch (...) {
+        failures_[size(i)] = std::current_exception();
+      }
+    }
+  }
+
+  void rethrow() const {
+    for (const std::exception_ptr& failure : failures_)
+      if (failure) std::rethrow_exception(failure);
+  }
+
+ private:
+  static std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
+
+  // rows * i could overflow: the first `longer` ranges have one row more.
+  std::int64_t begin(std::int64_t i) const { return i * length_ + std::min(i, longer_); }
+
+  const std::int64_t length_, longer_;
+  const std::function<void(std::int64_t, std::int64_t)>& work_;
+  std::vector<std::exception_ptr> failures_;
+  std::atomic<std::int64_t> next_{0};
+};
+
+void run_on_own_threads(Ranges& ranges, std::int64_t threads) {
+  std::vector<std::thread> others;
+  others.reserve(static_cast<std::size_t>(threads - 1));
+  try {
+    while (static_cast<std::int64_t>(others.size()) < threads - 1)
+      others.emplace_back([&] { ranges.run(); });
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run take the ranges that are left.
+  }
+  ranges.run();
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+void use_openmp(GompParallel parallel) { openmp = parallel; }
+
 void over_rows(std::int64_t rows, std::int64_t elements, std::int64_t threads,
                const std::function<void(std::int64_t, std::int64_t)>& work) {
-  const std::int64_t parts = std::min({threads, rows, elements / kWorthwhile});
-  if (parts <= 1) {
+  const std::int64_t team = std::min({threads, rows, elements / kWorthwhile});
+  if (team <= 1) {
     if (rows > 0) work(0, rows);
     return;
   }
-  // rows * part could overflow: the first `longer` parts have one row more.
-  const std::int64_t length = rows / parts, longer = rows % parts;
-  const auto begin = [=](std::int64_t part) { return part * length + std::min(part, longer); };
-
-  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(parts));
-  const auto run = [&](std::int64_t part) {
-    try {
-      work(begin(part), begin(part + 1));
-    } catch (...) {
-      failures[static_cast<std::size_t>(part)] = std::current_exception();
-    }
-  };
-
-  std::vector<std::thread> others;
-  others.reserve(static_cast<std::size_t>(parts - 1));
-  std::int64_t started = 1;
-  try {
-    for (; started < parts; ++started) others.emplace_back(run, started);
-  } catch (const std::system_error&) {
-    // No more threads to be had: the caller does the parts that are left.
-  }
-  run(0);
-  for (std::int64_t part = started; part < parts; ++part) run(part);
-  for (std::thread& other : others) other.join();
-  for (const std::exception_ptr& failure : failures)
-    if (failure) std::rethrow_exception(failure);
+  Ranges ranges(rows, std::min(rows, team * kRanges), work);
+  if (const GompParallel parallel = openmp)
+    parallel([](void* data) { static_cast<Ranges*>(data)->run(); }, &ranges,
+             static_cast<unsigned>(team), 0);
+  else
+    run_on_own_threads(ranges, team);
+  ranges.rethrow();
 }
 
 }  // namespace irl
