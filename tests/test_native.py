@@ -1,19 +1,6 @@
-"""The C++ row kernels through their raw addresses, against float64 NumPy.
-
-No framework is needed: bfloat16 is carried as uint16. Every array that a kernel sees lies in a
-buffer of its own, at any offset and row stride, between bytes that must stay as they were.
-"""
+"""The C++ row kernels through raw addresses, against float64 NumPy; no framework is needed."""
 
 from __future__ import annotations
-
-import os
-import re
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,197 +9,23 @@ from hypothesis import strategies as st
 
 from irl_ops import _native
 
-ROOT = Path(__file__).resolve().parents[1]
-ISAS = _native.isas()
-DTYPES = ["float32", "bfloat16", "float16"]
-STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
-# Half a unit in the last place, relative, and half the smallest step.
-ROUNDING = {
-    "float32": (0.0, 0.0),
-    "bfloat16": (2.0**-8, 2.0**-134),
-    "float16": (2.0**-11, 2.0**-25),
-}
-# One element; two; below, at and above one vector and one unrolled step; above one block of the
-# kernels (2048); odd and even vocabularies of real models.
-VOCABS = [1, 2, 17, 63, 64, 65, 1000, 2049, 50257, 151936]
-EPS = 2.0**-24
-CANARY = 0xA5
-
-
-def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values in the dtype's storage, rounded to nearest even."""
-    values = np.asarray(values, np.float32)
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):
-            return values.astype(STORAGE[dtype])
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
-def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """The stored values in float64, exactly."""
-    if dtype == "bfloat16":
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):
-        return stored.astype(np.float64)
-
-
-@dataclass
-class Placed:
-    """Rows [*sizes, vocab] inside a canary-filled buffer, at an odd place if asked."""
-
-    dtype: str
-    sizes: tuple[int, ...]
-    vocab: int
-    start: int = 0  # elements between a 64-byte boundary and the first row
-    gap: int = 0  # elements between rows
-    buffer: np.ndarray = field(init=False)
-    rows: np.ndarray = field(init=False)
-    strides: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        storage = np.dtype(STORAGE[self.dtype])
-        pitch = self.vocab + self.gap
-        self.strides = [int(np.prod(self.sizes[k + 1 :])) * pitch for k in range(len(self.sizes))]
-        count = int(np.prod(self.sizes)) * pitch
-        self.buffer = np.full(count * storage.itemsize + 512, CANARY, np.uint8)
-        first = -self.buffer.ctypes.data % 64 + 128 + self.start * storage.itemsize
-        self.rows = np.ndarray(
-            (*self.sizes, self.vocab),
-            storage,
-            self.buffer.data,
-            first,
-            [s * storage.itemsize for s in self.strides] + [storage.itemsize],
-        )
-
-    @property
-    def address(self) -> int:
-        return self.rows.ctypes.data
-
-    def untouched_outside(self) -> bool:
-        """Whether every byte that belongs to no row is still the canary."""
-        keep = self.rows.copy()
-        self.rows.view(np.uint8)[...] = CANARY
-        clean = bool((self.buffer == CANARY).all())
-        self.rows[...] = keep
-        return clean
-
-
-class Vector:
-    """A row vector between canaries."""
-
-    def __init__(self, values: np.ndarray):
-        self.buffer = np.full(values.nbytes + 128, CANARY, np.uint8)
-        self.values = self.buffer[64:-64].view(values.dtype).reshape(values.shape)
-        self.values[...] = values
-        self.address = self.values.ctypes.data
-
-    def untouched_outside(self) -> bool:
-        return bool((self.buffer[:64] == CANARY).all() and (self.buffer[-64:] == CANARY).all())
-
-
-def poisoned(sizes: tuple[int, ...]) -> Vector:
-    """An output that must be written: no result of a test is this number."""
-    return Vector(np.full(sizes, -123456.75, np.float32))
-
-
-@dataclass
-class Exact:
-    """Row statistics in float64, from the textbook formulae."""
-
-    row_max: np.ndarray
-    logsum: np.ndarray
-    entropy: np.ndarray
-    p: np.ndarray
-    logp: np.ndarray  # 0 where p is 0 because q = -inf
-
-    @staticmethod
-    def of(q: np.ndarray) -> Exact:
-        row_max = q.max(-1)
-        centred = q - row_max[..., None]
-        logsum = np.log(np.exp(centred).sum(-1))
-        logp = centred - logsum[..., None]
-        p = np.exp(logp)
-        logp = np.where(np.isneginf(q), 0.0, logp)
-        return Exact(row_max, logsum, -(p * logp).sum(-1), p, logp)
-
-    def gradient(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return self.p * (a[..., None] + b[..., None] * self.logp)
-
-    def statistics_tolerance(self) -> np.ndarray:
-        """logsum and entropy: exp within 2 ulp, sums of 32 numbers a lane, one final rounding."""
-        return 20 * EPS + 2 * EPS * (self.logsum + self.entropy)
-
-    def gradient_tolerance(self, a: np.ndarray, b: np.ndarray, a_error: np.ndarray) -> np.ndarray:
-        """Of p (a + b log p): log p is rounded twice in float32, and p inherits that relatively.
-
-        The last term is the step of subnormal numbers.
-        """
-        logp_error = EPS * (2 * np.abs(self.logp) + 2 * np.abs(self.logsum)[..., None] + 16)
-        size = np.abs(a)[..., None] + np.abs(b[..., None] * self.logp)
-        inner = a_error[..., None] + np.abs(b)[..., None] * logp_error + 4 * EPS * size
-        return self.p * (size * logp_error + inner) + 2.0**-148 * (1 + size)
-
-
-def close(stored: np.ndarray, dtype: str, exact: np.ndarray, tolerance: np.ndarray) -> None:
-    """Within the tolerance of the float32 arithmetic plus the rounding to the dtype."""
-    relative, absolute = ROUNDING[dtype]
-    error = np.abs(decode(stored, dtype) - exact)
-    bound = tolerance + relative * (np.abs(exact) + tolerance) + absolute
-    worst = int((error - bound).argmax())
-    assert (error <= bound).all(), (error.flat[worst], bound.flat[worst], worst)
-
-
-def logits_for(
-    seed: int, sizes: tuple[int, ...], vocab: int, dtype: str, scale: float, offset: float = 0.0
-) -> np.ndarray:
-    """Normal logits, with some -inf columns where the row has others."""
-    rng = np.random.default_rng(seed)
-    q = rng.standard_normal((*sizes, vocab)) * scale + offset
-    q[..., 1::5] = -np.inf
-    return encode(q, dtype)
-
-
-def run_stats(
-    q: Placed, labels: np.ndarray, entropy: bool = True, threads: int = 1, isa: str = ""
-) -> list[np.ndarray]:
-    out = [poisoned(q.sizes) for _ in range(4)]
-    label_vector = Vector(labels.astype(np.int64))
-    _native.row_stats(
-        q.address, q.dtype, q.sizes, q.strides, q.vocab, label_vector.address,
-        *(v.address for v in out[:3]), out[3].address if entropy else 0, threads, isa,
-    )  # fmt: skip
-    assert all(v.untouched_outside() for v in [*out, label_vector])
-    return [v.values for v in out]
-
-
-def run_grad(
-    q: Placed, labels: np.ndarray, stats: list[np.ndarray], abc: list[np.ndarray], y: Placed,
-    threads: int = 1, isa: str = "",
-) -> None:  # fmt: skip
-    inputs = [Vector(np.asarray(v, np.float32)) for v in (*stats, *abc)]
-    label_vector = Vector(labels.astype(np.int64))
-    _native.row_grad(
-        q.address, q.dtype, q.sizes, q.strides, q.vocab, label_vector.address,
-        *(v.address for v in inputs), y.address, y.strides, threads, isa,
-    )  # fmt: skip
-
-
-def run_stats_grad(
-    q: Placed, alpha: np.ndarray, beta: np.ndarray, weight: np.ndarray | None, y: Placed,
-    entropy: bool = True, threads: int = 1, isa: str = "",
-) -> list[np.ndarray]:  # fmt: skip
-    inputs = [Vector(np.asarray(v, np.float32)) for v in (alpha, beta)]
-    w = Vector(np.asarray(weight, np.float32)) if weight is not None else None
-    out = [poisoned(q.sizes) for _ in range(3)]
-    _native.row_stats_grad(
-        q.address, q.dtype, q.sizes, q.strides, q.vocab, *(v.address for v in inputs),
-        w.address if w else 0, out[0].address, out[1].address, out[2].address if entropy else 0,
-        y.address, y.strides, threads, isa,
-    )  # fmt: skip
-    assert all(v.untouched_outside() for v in [*out, *inputs])
-    return [v.values for v in out]
+from .native_rows import (
+    CANARY,
+    DTYPES,
+    EPS,
+    ISAS,
+    STORAGE,
+    VOCABS,
+    Exact,
+    Placed,
+    close,
+    decode,
+    encode,
+    logits_for,
+    run_grad,
+    run_stats,
+    run_stats_grad,
+)
 
 
 def check_all(q: Placed, y: Placed, labels: np.ndarray, isa: str, seed: int = 0) -> None:
@@ -528,68 +341,3 @@ def test_bad_arguments_are_named() -> None:
         call(threads=0)
     with pytest.raises(ValueError, match=r"isa is 'sse9', this CPU accepts .*baseline"):
         call(isa="sse9")
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, because the choice is made once a process."""
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    env = {**os.environ, "PYTHONPATH": search, **environment}
-    command = [sys.executable, "-P", "-c", code]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-
-
-def test_the_environment_forces_an_instruction_set() -> None:
-    code = "from irl_ops import _native; print(_native.isa())"
-    assert ISAS[-1] == "baseline"
-    for isa in ISAS:
-        assert python(code, IRL_OPS_ISA=isa).stdout.split() == [isa]
-    failed = python(code, IRL_OPS_ISA="mmx")
-    assert failed.returncode != 0 and "IRL_OPS_ISA is 'mmx', this CPU accepts" in failed.stderr
-    assert python(code, IRL_OPS_ISA="").stdout.split() == [ISAS[0]]
-
-
-def test_wide_instructions_stay_in_their_namespaces() -> None:
-    """An AVX instruction anywhere else would stop the library on an older CPU."""
-    if os.uname().machine != "x86_64":
-        pytest.skip("needs an x86-64 CPU: other machines have the baseline loops only")
-    if not shutil.which("objdump"):
-        pytest.skip("needs objdump (binutils)")
-    command = ["objdump", "-d", "-C", "--no-show-raw-insn", _native.__file__]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts: dict[str, int] = {"avx2": 0, "avx512": 0}
-    owner = ""
-    for line in listing.splitlines():
-        if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            owner = heading[1]
-        elif re.search(r"\t(v[a-z]|.*%[yz]mm)", line):
-            space = re.search(r"irl::(avx2|avx512)::", owner)
-            assert space, f"{line.strip()!r} in {owner}"
-            assert space[1] == "avx512" or "%zmm" not in line, f"{line.strip()!r} in {owner}"
-            counts[space[1]] += 1
-    assert min(counts.values()) > 1000  # the loops are there, and vectorised
-
-
-def test_under_sanitizers(tmp_path: Path) -> None:
-    """tests/cpp with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs g++ or clang++")
-    flags = ["-std=c++17", "-O0", "-g1", "-pthread", f"-I{ROOT / 'kernels/cpu'}"]
-    # What is left out doubles the time to compile, and AddressSanitizer finds it too.
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr"]
-    flags += ["-fno-sanitize-recover=all"]
-    sources = [*(ROOT / "kernels/cpu").glob("*.cpp"), *(ROOT / "tests/cpp").glob("*.cpp")]
-
-    def build(source: Path) -> str:
-        target = str(tmp_path / f"{source.stem}.o")
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, sources))
-    program = str(tmp_path / "rows")
-    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for isa in ISAS:
-        assert f"{isa}: exp within" in done.stdout
