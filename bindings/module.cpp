@@ -95,6 +95,22 @@ void row_stats_grad(Address logits, const std::string& dtype, const Axes& sizes,
       pointer<float>(logsum), pointer<float>(entropy), pointer<void>(dlogits), layout);
 }
 
+void label_logit(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
+                 std::int64_t vocab, Address labels, Address picked) {
+  const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
+  py::gil_scoped_release released;
+  irl::label_logit(rows, pointer<const void>(logits), pointer<const std::int64_t>(labels),
+                   pointer<float>(picked));
+}
+
+void set_label(Address dlogits, const std::string& dtype, const Axes& sizes, Axes strides,
+               std::int64_t vocab, Address labels, Address elements) {
+  const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
+  py::gil_scoped_release released;
+  irl::set_label(rows, pointer<void>(dlogits), pointer<const std::int64_t>(labels),
+                 pointer<const float>(elements));
+}
+
 void scale(Address dlogits, const std::string& dtype, const Axes& sizes, Axes strides,
            std::int64_t vocab, float factor, std::int64_t threads, const std::string& isa) {
   const irl::Isa& chosen = irl::find_isa(isa);
@@ -125,6 +141,10 @@ PYBIND11_MODULE(_native, module) {
              arg("strides"), arg("vocab"), arg("alpha"), arg("beta"), arg("entropy_weight"),
              arg("row_max"), arg("logsum"), arg("entropy"), arg("dlogits"), arg("dlogits_strides"),
              arg("threads"), arg("isa") = "");
+  module.def("label_logit", &label_logit, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
+             arg("vocab"), arg("labels"), arg("label_logit"));
+  module.def("set_label", &set_label, arg("dlogits"), arg("dtype"), arg("sizes"), arg("strides"),
+             arg("vocab"), arg("labels"), arg("elements"));
   module.def("scale", &scale, arg("dlogits"), arg("dtype"), arg("sizes"), arg("strides"),
              arg("vocab"), arg("factor"), arg("threads"), arg("isa") = "");
   module.def(

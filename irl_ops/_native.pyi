@@ -50,6 +50,24 @@ def row_stats_grad(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def label_logit(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    labels: int,
+    label_logit: int,
+) -> None: ...
+def set_label(
+    dlogits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    labels: int,
+    elements: int,
+) -> None: ...
 def scale(
     dlogits: int,
     dtype: str,

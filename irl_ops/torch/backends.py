@@ -1,7 +1,8 @@
 """Which row kernels serve a call.
 
-A backend is a module with ``row_stats``, ``row_grad``, ``row_stats_grad`` and ``scale_`` on torch
-tensors, and ``unavailable(device)``: why it cannot serve that device, or None.
+A backend is a module with ``row_stats``, ``row_grad``, ``row_stats_grad``, ``label_logit``,
+``set_label_`` and ``scale_`` on torch tensors, and ``unavailable(device)``: None, or why it cannot
+serve that device.
 """
 
 from __future__ import annotations

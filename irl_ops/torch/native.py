@@ -110,6 +110,20 @@ def row_stats_grad(
     return row_max, logsum, entropy
 
 
+def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
+    picked = _row_vector(logits)
+    labels = labels.contiguous()
+    _native.label_logit(*_rows(logits), _address(labels), _address(picked))
+    return picked
+
+
+def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+    """Writes one element a row, rounded once; rows without a good label keep what they have."""
+    labels, elements = labels.contiguous(), elements.contiguous()
+    _native.set_label(*_rows(dlogits), _address(labels), _address(elements))
+
+
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
     """``dlogits *= factor``; returns at once where the 0-d factor is 1."""
     _native.scale(*_rows(dlogits), factor.item(), torch.get_num_threads())

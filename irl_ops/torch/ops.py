@@ -100,33 +100,24 @@ def _(
 
 
 @torch.library.custom_op("irl_ops::label_logit", mutates_args=())
-def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
+def label_logit(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
     """``q[label]`` in float32: 0 without a label, NaN for a bad one, never out of bounds.
 
     Opaque, since a compiler may otherwise read it again after the logits have been overwritten.
     """
-    good = (labels >= 0) & (labels < logits.shape[-1])
-    picked = logits.gather(-1, torch.where(good, labels, 0)[..., None])[..., 0].float()
-    return torch.where(good, picked, torch.where(labels < 0, 0.0, torch.nan))
+    picked: Tensor = BACKENDS[backend].label_logit(logits, labels)
+    return picked
 
 
 @label_logit.register_fake
-def _(logits: Tensor, labels: Tensor) -> Tensor:
+def _(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
     return _row_vector(logits)
 
 
 @torch.library.custom_op("irl_ops::set_label_", mutates_args={"dlogits"})
-def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor, backend: str) -> None:
     """Writes one element a row, rounded once; rows without a good label keep what they have."""
-    good = (labels >= 0) & (labels < dlogits.shape[-1])
-    column = torch.where(good, labels, 0)
-    kept = dlogits.gather(-1, column[..., None])[..., 0]
-    # Not scatter_, which copies the whole of a 16-bit tensor on the CPU, twice.
-    rows = [
-        torch.arange(labels.shape[k], device=labels.device)[(..., *[None] * (labels.ndim - 1 - k))]
-        for k in range(labels.ndim)
-    ]
-    dlogits.index_put_((*rows, column), torch.where(good, elements.to(dlogits.dtype), kept))
+    BACKENDS[backend].set_label_(dlogits, labels, elements)
 
 
 @torch.library.custom_op("irl_ops::scale_", mutates_args={"dlogits"})

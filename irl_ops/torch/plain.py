@@ -8,6 +8,7 @@ from torch import Tensor
 from irl_ops.kernels import reference
 
 row_stats = reference.row_stats
+label_logit = reference.label_logit
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -36,6 +37,11 @@ def row_stats_grad(
     *stats, gradient = reference.row_stats_grad(logits, alpha, beta, entropy_weight)
     dlogits.copy_(gradient)
     return tuple(stats)
+
+
+def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+    """Writes one element a row, rounded once; rows without a good label keep what they have."""
+    dlogits.copy_(reference.set_label(dlogits, labels, elements))
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:

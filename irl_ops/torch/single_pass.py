@@ -24,7 +24,7 @@ class Kernels:
 
     def label_logit(self, logits: Tensor, labels: Tensor) -> Tensor:
         """``q[label]``, before anything is overwritten."""
-        picked: Tensor = ops.label_logit(logits, labels)
+        picked: Tensor = ops.label_logit(logits, labels, self.backend)
         return picked
 
     def row_stats_grad(
@@ -40,7 +40,7 @@ class Kernels:
 
     def set_label(self, dlogits: Tensor, labels: Tensor, elements: Tensor) -> Tensor:
         """In place."""
-        ops.set_label_(dlogits, labels, elements)
+        ops.set_label_(dlogits, labels, elements, self.backend)
         return dlogits
 
 

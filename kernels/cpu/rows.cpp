@@ -154,6 +154,20 @@ void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, cons
   });
 }
 
+void label_logit(const Rows& rows, const void* logits, const std::int64_t* labels, float* picked) {
+  const std::int64_t count = rows.layout.rows();
+  for (std::int64_t i = 0; i < count; ++i)
+    picked[i] = label_logit_of(rows, row_at(logits, rows, i), labels[i]);
+}
+
+void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements) {
+  const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
+  for (std::int64_t i = 0; i < count; ++i)
+    if (labels[i] >= 0 && labels[i] < rows.vocab)
+      write_element(rows.dtype, row_at(dlogits, rows, rows.layout, i) + labels[i] * size,
+                    elements[i]);
+}
+
 void scale(const Isa& isa, std::int64_t threads, const Rows& rows, void* dlogits, float factor) {
   if (factor == 1) return;
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];

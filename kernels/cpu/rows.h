@@ -45,6 +45,12 @@ void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, cons
                     float* row_max, float* logsum, float* entropy, void* dlogits,
                     const Layout& dlogits_layout);
 
+// The two ends of a pass: what row_stats_grad leaves to its caller, one element a row.
+// label_logit as in row_stats; set_label writes elements[i] at the row's label, rounded once, and
+// nothing in a row without a good one.
+void label_logit(const Rows& rows, const void* logits, const std::int64_t* labels, float* picked);
+void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements);
+
 // dlogits *= factor. Traffic: one read and one write; none where factor is 1.
 void scale(const Isa& isa, std::int64_t threads, const Rows& rows, void* dlogits, float factor);
 

@@ -108,15 +108,18 @@ def _normaliser(q: Array) -> tuple[Array, Array]:
     """``row_max`` and ``log sum_j exp(q_j - row_max)``."""
     xp = array_namespace(q)
     row_max = xp.max(q, axis=-1)
-    return row_max, xp.log(xp.sum(xp.exp(q - row_max[..., None]), axis=-1))
+    # all -inf: no mass, so that logsum and the value are -inf, as those of an empty shard are
+    origin = xp.where(row_max == -xp.inf, 0.0, row_max)
+    return row_max, xp.log(xp.sum(xp.exp(q - origin[..., None]), axis=-1))
 
 
 def _entropy(q: Array, row_max: Array, logsum: Array) -> Array:
     xp = array_namespace(q)
     centred = q - row_max[..., None]
     p = xp.exp(centred - logsum[..., None])
-    # q_j = -inf has p_j = 0 and contributes nothing
-    return logsum - xp.sum(p * xp.where(centred == -xp.inf, 0.0, centred), axis=-1)
+    # q_j = -inf has p_j = 0 and contributes nothing; neither does a row without mass
+    terms = xp.where(q == -xp.inf, 0.0, p * centred)
+    return xp.where(logsum == -xp.inf, 0.0, logsum - xp.sum(terms, axis=-1))
 
 
 def _softmax_terms(q: Array, row_max: Array, logsum: Array, a: Array, b: Array) -> Array:
@@ -124,6 +127,5 @@ def _softmax_terms(q: Array, row_max: Array, logsum: Array, a: Array, b: Array) 
     xp = array_namespace(q)
     logp = (q - row_max[..., None]) - logsum[..., None]
     a, b = a[..., None], b[..., None]
-    finite = xp.where(logp == -xp.inf, 0.0, logp)
-    terms = xp.exp(logp) * (a + xp.where(b != 0, b * finite, 0.0))
-    return xp.where((a == 0) & (b == 0), 0.0, terms)
+    terms = xp.exp(logp) * (a + xp.where(b != 0, b * logp, 0.0))
+    return xp.where(((a == 0) & (b == 0)) | (q == -xp.inf), 0.0, terms)
