@@ -121,18 +121,14 @@ def rows_of(
     if where is not None:
         labelled = labelled & where
 
-    no_td = xp.full_like(labels, NO_TD, dtype=xp.int8)
-    continued = xp.where(has_next, BOOTSTRAP, no_td)
+    at_end = TERMINAL if boundary == "terminal" and eos_token_id is None else NO_TD
+    kind = xp.full_like(labels, at_end, dtype=xp.int8)
     if eos_token_id is not None or boundary == "bootstrap":
-        kind = continued
-    elif boundary == "terminal":
-        kind = xp.full_like(no_td, TERMINAL)
-    else:
-        kind = no_td
+        kind = xp.where(has_next, BOOTSTRAP, kind)
     if truncated is not None:
         if truncated.ndim < labels.ndim:  # one flag a sequence
             truncated = truncated[..., None]
-        kind = xp.where(truncated, continued, kind)
+        kind = xp.where(truncated, xp.where(has_next, BOOTSTRAP, xp.full_like(kind, NO_TD)), kind)
     kind = xp.where(has_next & following(xp, labelled, False), BOOTSTRAP, kind)
     if eos_token_id is not None:
         for token in [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id:
@@ -385,13 +381,13 @@ def single_pass(
     element = label_gradient(xp, a, entropy_weight, -loss.mle + u, stats.logprob)
     dlogits = kernels.set_label(dlogits, labels, element)
 
-    back = -loss.gamma * xp.where(kind == BOOTSTRAP, u, 0.0)
-    if detach_next:
-        back = xp.zeros_like(back)
-    dvalues = None if values is None else u
-    dnext_values = None if next_values is None else back
-    if values is not None and next_values is None:
-        dvalues = u + preceding(xp, back, 0.0)
+    dvalues = dnext_values = None
+    if values is not None or next_values is not None:
+        flowing = xp.zeros_like(u) if detach_next else xp.where(kind == BOOTSTRAP, u, 0.0)
+        back = -loss.gamma * flowing
+        dnext_values = None if next_values is None else back
+        if values is not None:
+            dvalues = u if next_values is not None else u + preceding(xp, back, 0.0)
     total = xp.sum(row_losses(xp, loss, stats, step.reward))
     return SinglePass(total, dlogits, dvalues, dnext_values, stats, step)
 
