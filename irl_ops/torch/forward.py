@@ -68,7 +68,7 @@ def loss_of(
     at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
     total: Tensor
     if differentiable and at_once:
-        total, value, logprob, entropy, *seen = SinglePass.apply(  # type: ignore[no-untyped-call]
+        total, *seen = SinglePass.apply(  # type: ignore[no-untyped-call]
             logits,
             None if values is None else values.float(),
             None if next_values is None else next_values.float(),
@@ -78,11 +78,15 @@ def loss_of(
             loss.gamma,
             entropy_coef,
             detach_next,
+            return_metrics,
             inplace,
             backend,
         )
+        if not return_metrics:
+            return total
+        value, logprob, entropy, *transitions = seen
         stats = algebra.Statistics(value, None, logprob, entropy)
-        step = algebra.Transition(*seen)
+        step = algebra.Transition(*transitions)
     else:
         stats = statistics(logits, rows, loss.entropy, backend)
         step = transition(rows, stats, loss.gamma, detach_next, next_values, values)

@@ -45,7 +45,10 @@ class Kernels:
 
 
 class SinglePass(torch.autograd.Function):
-    """``(loss, V, logprob, entropy, *Transition)``; the loss alone has a gradient."""
+    """``(loss,)``, with ``metrics`` ``(loss, V, logprob, entropy, *Transition)``.
+
+    The loss alone has a gradient.
+    """
 
     @staticmethod
     def forward(
@@ -60,6 +63,7 @@ class SinglePass(torch.autograd.Function):
         gamma: float | Tensor,
         entropy_coef: float | Tensor,
         detach_next: bool,
+        metrics: bool,
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor | None, ...]:
@@ -76,6 +80,8 @@ class SinglePass(torch.autograd.Function):
         )
         ctx.save_for_backward(out.dlogits, out.dvalues, out.dnext_values)
         ctx.backend, ctx.handed_over = backend, False
+        if not metrics:
+            return (out.loss,)
         rest = (
             out.stats.value,
             out.stats.logprob,
@@ -104,4 +110,4 @@ class SinglePass(torch.autograd.Function):
             ops.scale_(dlogits, dloss, ctx.backend)
         dvalues = None if dvalues is None else dvalues * dloss
         dnext_values = None if dnext_values is None else dnext_values * dloss
-        return dlogits, dvalues, dnext_values, *[None] * 9
+        return dlogits, dvalues, dnext_values, *[None] * 10
