@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,8 @@ from torch import Tensor
 
 import irl_ops.torch as irl
 
-sys.path.insert(0, str(Path(__file__).parent))
-import naive
-from contest import Contest, Contestant
+from . import naive
+from .contest import Contest, Contestant
 
 SHAPE = (2, 512, 32768)
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from irl_ops import _native
+from irl_ops.doctor import cpu_name
 
 HERE = Path(__file__).parent
 TABLES = pytest.StashKey[dict[str, list]]()
@@ -52,13 +53,8 @@ def threads(request: pytest.FixtureRequest):
 
 def machine(config: pytest.Config) -> dict[str, object]:
     """What a figure must not be quoted without."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     return {
-        "cpu": model or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "threads": config.getoption("--threads"),

@@ -143,14 +143,10 @@ def torch_backends() -> dict[str, dict[str, str]] | None:
     """For each backend and device, "available" or why it is not; None where torch is absent."""
     if version("torch") is None:
         return None
-    import torch
+    from irl_ops.torch.backends import BACKENDS, devices
 
-    from irl_ops.torch.backends import BACKENDS
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = [torch.device("cpu"), *([accelerator] if accelerator else [])]
     return {
-        name: {d.type: backend.unavailable(d) or "available" for d in devices}
+        name: {d.type: backend.unavailable(d) or "available" for d in devices()}
         for name, backend in BACKENDS.items()
     }
 

@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
 from hypothesis import settings
 
 # Imported before the next statement: a package that is imported finds its modules through its own
@@ -20,15 +19,3 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # CI draws the same examples every time, so that a failure there can be repeated anywhere.
 settings.register_profile("irl_ops", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("irl_ops")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked gpu where there is no CUDA device, and say that this is why."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

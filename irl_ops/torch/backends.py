@@ -22,13 +22,17 @@ def available_backends() -> tuple[str, ...]:
 
     Any of them can be given as ``backend=`` to the functions of this package.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = [torch.device("cpu"), *([accelerator] if accelerator else [])]
     return tuple(
         name
         for name, backend in BACKENDS.items()
-        if any(backend.unavailable(device) is None for device in devices)
+        if any(backend.unavailable(device) is None for device in devices())
     )
+
+
+def devices() -> list[torch.device]:
+    """The devices of this machine, one of each type: the CPU, and the accelerator if any."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [torch.device("cpu"), *([accelerator] if accelerator else [])]
 
 
 def choose(name: str, device: torch.device) -> str:
