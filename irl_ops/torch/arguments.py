@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -167,6 +167,18 @@ def check_inplace(logits: Tensor) -> None:
         extent = max(extent, stride * size)
 
 
+def refuse_label(
+    labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool
+) -> NoReturn:
+    """The IndexError for the first bad one of the ``labels``, which are aligned with their rows."""
+    *lead, row = (labels >= vocab).nonzero()[0].tolist()
+    position = (*lead, row + shift)
+    raise IndexError(
+        f"labels[{', '.join(map(str, position))}] is {given[position].item()}; accepted: "
+        f"0 to {vocab - 1} (the logits have {vocab} columns) and ignore_index={ignore_index}"
+    )
+
+
 def _is_token(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
@@ -199,6 +211,7 @@ def _refuse_gradient(name: str, x: Tensor) -> None:
             f"{name} requires a gradient, which this loss does not compute; accepted: "
             f"{name}.detach(), or a loss written on the outputs of token_stats"
         )
+    _refuse_tangent(x)
 
 
 def _check_derivatives(logits: Tensor) -> None:
@@ -209,5 +222,11 @@ def _check_derivatives(logits: Tensor) -> None:
             "irl_ops: torch.func transforms (grad, vjp, jvp, jacrev) are not implemented; use "
             "loss.backward() or torch.autograd.grad"
         )
-    if unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
+    _refuse_tangent(logits)
+
+
+def _refuse_tangent(x: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError("irl_ops: forward-mode derivatives are not implemented")

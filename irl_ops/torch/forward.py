@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import array_api_compat.torch as xp
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments, ops
+from irl_ops.torch import arguments, ops, single_pass
 from irl_ops.torch.backends import choose
-from irl_ops.torch.single_pass import SinglePass
+from irl_ops.torch.call import Call
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 Boundary = Literal["terminal", "bootstrap", "drop"]
@@ -20,10 +21,11 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def loss_of(
-    objective: Any,
+    objective: Callable[..., algebra.Objective],
     logits: Tensor,
     labels: Tensor,
     *,
+    terms: dict[str, Any],
     sequence: dict[str, Any],
     entropy_coef: float | Tensor,
     token_weights: Tensor | None,
@@ -42,20 +44,24 @@ def loss_of(
         detach_next=detach_next, return_metrics=return_metrics, inplace=inplace
     )
     given = logits
-    logits, rows, backend = prepare(logits, labels, sequence, backend)
+    logits, backend = prepare(logits, labels, sequence, backend)
     arguments.check_weights(
         labels, token_weights=token_weights, num_items=num_items, reduction=reduction
     )
     arguments.check_values(labels, next_values=next_values, values=values)
-    loss = objective(
-        xp,
-        rows.kind,
-        torch.ones_like(labels, dtype=torch.float32)
-        if token_weights is None
-        else token_weights.float(),
-        reduction=reduction,
-        num_items=num_items,
-        entropy_coef=entropy_coef,
+    call = Call(
+        objective,
+        labels,
+        terms,
+        sequence,
+        entropy_coef,
+        token_weights,
+        num_items,
+        reduction,
+        detach_next,
+        next_values,
+        values,
+        return_metrics,
     )
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if inplace:
@@ -66,32 +72,15 @@ def loss_of(
     # A float16 gradient waits for the backward pass, so that the factor of a GradScaler reaches it
     # before it is rounded: 1/N alone underflows.
     at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
-    total: Tensor
     if differentiable and at_once:
-        total, *seen = SinglePass.apply(  # type: ignore[no-untyped-call]
-            logits,
-            None if values is None else values.float(),
-            None if next_values is None else next_values.float(),
-            *rows,
-            loss.mle,
-            loss.td,
-            loss.gamma,
-            entropy_coef,
-            detach_next,
-            return_metrics,
-            inplace,
-            backend,
-        )
-        if not return_metrics:
-            return total
-        value, logprob, entropy, *transitions = seen
-        stats = algebra.Statistics(value, None, logprob, entropy)
-        step = algebra.Transition(*transitions)
-    else:
-        stats = statistics(logits, rows, loss.entropy, backend)
-        step = transition(rows, stats, loss.gamma, detach_next, next_values, values)
-        total = algebra.row_losses(xp, loss, stats, step.reward)
-        total = total if reduction == "none" else total.sum()
+        total, metrics = single_pass.loss_and_metrics(call, logits, inplace, backend)
+        return total if metrics is None else (total, metrics)
+    rows = ops.rows_of(labels, logits.shape[-1], sequence)
+    loss = call.weights(xp, rows.kind)
+    stats = statistics(logits, rows, loss.entropy, backend)
+    step = transition(rows, stats, loss.gamma, detach_next, next_values, values)
+    total: Tensor = algebra.row_losses(xp, loss, stats, step.reward)
+    total = total if reduction == "none" else total.sum()
     if not return_metrics:
         return total
     with torch.no_grad():
@@ -100,20 +89,14 @@ def loss_of(
 
 def prepare(
     logits: Tensor, labels: Tensor, sequence: dict[str, Any], backend: str
-) -> tuple[Tensor, algebra.Rows, str]:
-    """Checked logits with a contiguous last axis, their rows, and the backend's name."""
+) -> tuple[Tensor, str]:
+    """Checked logits with a contiguous last axis, and the backend's name."""
     arguments.check_logits(logits, labels)
     arguments.check_sequence(labels, **sequence)
     backend = choose(backend, logits.device)
-    rows = algebra.rows_of(xp, labels.long(), logits.shape[-1], **sequence)
-    if logits.device.type == "cpu":
-        checked = ops.check_labels(
-            rows.labels, labels, logits.shape[-1], sequence["ignore_index"], sequence["shift"]
-        )
-        rows = rows._replace(labels=checked)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
-    return logits, rows, backend
+    return logits, backend
 
 
 def statistics(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -106,9 +105,10 @@ def iqlearn_loss(
     arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
     arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
     return loss_of(
-        partial(algebra.iqlearn_objective, lam=lam, gamma=gamma),
+        algebra.iqlearn_objective,
         logits,
         labels,
+        terms=dict(lam=lam, gamma=gamma),
         sequence=dict(
             ignore_index=ignore_index,
             where=where,
@@ -172,6 +172,7 @@ def mle_loss(
         algebra.mle_objective,
         logits,
         labels,
+        terms={},
         sequence=dict(
             ignore_index=ignore_index,
             where=where,
@@ -269,11 +270,11 @@ def online_iqlearn_loss(
         raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
     arguments.check_logits(logits, labels)
     arguments.check_flags("is_expert", is_expert, labels)
-    objective = algebra.online_iqlearn_objective
     return loss_of(
-        partial(objective, is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma),
+        algebra.online_iqlearn_objective,
         logits,
         labels,
+        terms=dict(is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma),
         sequence=dict(
             ignore_index=ignore_index,
             where=where,

@@ -6,9 +6,14 @@ They are opaque to torch.compile, which traces the algebra around them. ``backen
 
 from __future__ import annotations
 
+from typing import Any
+
+import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+from irl_ops import algebra
+from irl_ops.torch import arguments
 from irl_ops.torch.backends import BACKENDS
 
 
@@ -131,14 +136,8 @@ def check_labels(
     labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool
 ) -> Tensor:
     """``labels`` again, or an IndexError that names the label in ``given`` and its position."""
-    bad = labels >= vocab
-    if bad.any():
-        *lead, row = bad.nonzero()[0].tolist()
-        position = (*lead, row + shift)
-        raise IndexError(
-            f"labels[{', '.join(map(str, position))}] is {given[position].item()}; accepted: "
-            f"0 to {vocab - 1} (the logits have {vocab} columns) and ignore_index={ignore_index}"
-        )
+    if (labels >= vocab).any():
+        arguments.refuse_label(labels, given, vocab, ignore_index, shift)
     return labels.clone()
 
 
@@ -169,6 +168,15 @@ def _row_stats_backward(ctx, _, dlogsum, dlabel_logit, dentropy):  # type: ignor
 
 
 row_stats.register_autograd(_row_stats_backward, setup_context=_save_row_stats)
+
+
+def rows_of(labels: Tensor, vocab: int, sequence: dict[str, Any]) -> algebra.Rows:
+    """Aligned labels and the kind of every row; on a CPU a bad label raises."""
+    rows = algebra.rows_of(xp, labels.long(), vocab, **sequence)
+    if labels.device.type != "cpu":
+        return rows
+    ignore_index, shift = sequence["ignore_index"], sequence["shift"]
+    return rows._replace(labels=check_labels(rows.labels, labels, vocab, ignore_index, shift))
 
 
 def refuse_second_derivative() -> None:

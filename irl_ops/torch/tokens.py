@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from irl_ops.torch import arguments
+from irl_ops.torch import arguments, ops
 from irl_ops.torch.forward import Boundary, prepare, statistics, transition
 
 
@@ -102,8 +102,9 @@ def token_stats(
         boundary=boundary,
         truncated=truncated,
     )
-    logits, rows, backend = prepare(logits, labels, sequence, backend)
+    logits, backend = prepare(logits, labels, sequence, backend)
     arguments.check_values(labels, next_values=next_values, values=values)
+    rows = ops.rows_of(labels, logits.shape[-1], sequence)
     stats = statistics(logits, rows, entropy, backend)
     step = transition(rows, stats, gamma, detach_next, next_values, values)
     return TokenStats(
