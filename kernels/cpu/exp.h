@@ -1,8 +1,5 @@
-// exp on sixteen lanes, within 2 ulp over the whole range, subnormal results included. Included
-// after the lanes of an instruction set.
-//
-// exp(x) = 2^n exp(r), n = round(x / log 2), |r| <= log(2)/2: exp(r) is a polynomial of degree 6
-// with relative error 3e-9, and log 2 is split so that n times its upper part is exact.
+// The range of exp, after the lanes of an instruction set, which bring exp_ranged: within 2 ulp,
+// subnormal results included.
 
 // Below this exp rounds to 0, above kExpInfinite to infinity.
 constexpr float kExpZero = -104.0f;
@@ -13,17 +10,8 @@ IRL_INLINE Lanes exp_range(Lanes x) {
   return max_or_second(splat(kExpZero), min_or_second(splat(kExpInfinite), x));
 }
 
-// x is in that range, or NaN; -inf became kExpZero there and gives exactly 0.
 IRL_INLINE Lanes exp_ranged(Lanes x) {
-  const Power n = power_of_two(x);
-  Lanes r = muladd(as_float(n), splat(-0.693359375f), x);
-  r = muladd(as_float(n), splat(2.12194440e-4f), r);
-  Lanes p = splat(0x1.6a215ap-10f);
-  p = muladd(p, r, splat(0x1.123b9ap-7f));
-  p = muladd(p, r, splat(0x1.5558fcp-5f));
-  p = muladd(p, r, splat(0x1.555490p-3f));
-  p = muladd(p, r, splat(0x1.fffffcp-2f));
-  p = muladd(p, r, splat(1.0f));
-  p = muladd(p, r, splat(1.0f));
-  return scale(p, n);
+  Lanes y[1] = {x};
+  exp_ranged(y);
+  return y[0];
 }

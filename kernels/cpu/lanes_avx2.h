@@ -109,3 +109,5 @@ IRL_INLINE void stream(Half* p, Lanes a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(p, a));
 }
 IRL_INLINE void end_streams() { _mm_sfence(); }
+
+#include "exp_polynomial.h"

@@ -142,3 +142,5 @@ IRL_INLINE void stream(T* p, Lanes a) {
 IRL_INLINE void end_streams() {}
 #endif
 #undef IRL_EACH
+
+#include "exp_polynomial.h"

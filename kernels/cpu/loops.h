@@ -48,6 +48,25 @@ IRL_INLINE void store_some(T* p, std::int64_t n, Lanes a) {
   copy_out(p, lanes, n);
 }
 
+// Two registers' worth, for which an instruction set may have a shorter way.
+template <class T>
+IRL_INLINE void load_two(const T* p, Lanes& a, Lanes& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+
+template <class T>
+IRL_INLINE void store_two(T* p, Lanes a, Lanes b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+
+template <class T>
+IRL_INLINE void stream_two(T* p, Lanes a, Lanes b) {
+  stream(p, a);
+  stream(p + kLanes, b);
+}
+
 template <class T>
 IRL_INLINE void prefetch(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
@@ -56,9 +75,10 @@ IRL_INLINE void prefetch(const T* p) {
 IRL_INLINE float largest(Lanes a) {
   float lanes[kLanes];
   store(lanes, a);
-  float top = lanes[0];
-  for (int l = 1; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
-  return top;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l)
+      lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+  return lanes[0];
 }
 
 IRL_INLINE void add_to(double* totals, Lanes a) {
@@ -89,13 +109,19 @@ struct Accumulator {
 
 // Adds exp(q - reference), and its product with q - reference; keeps the exponentials where asked.
 // Above the range of exp they mean nothing, and the block is redone.
-template <bool kEntropy, bool kKeep>
-IRL_INLINE void accumulate(Accumulator& to, Lanes q, Lanes reference, float* keep) {
-  const Lanes d = max_or_second(splat(kExpZero), sub(q, reference)), e = exp_ranged(d);
-  to.max = max_or_second(q, to.max);
-  to.sum = add(to.sum, e);
-  if (kEntropy) to.weighted = muladd(e, d, to.weighted);
-  if (kKeep) store(keep, e);
+template <bool kEntropy, bool kKeep, int kCount>
+IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes reference,
+                           float* keep) {
+  Lanes d[kCount], e[kCount];
+  for (int k = 0; k < kCount; ++k)
+    e[k] = d[k] = max_or_second(splat(kExpZero), sub(q[k], reference));
+  for (int k = 0; k < kCount; ++k) to[k].max = max_or_second(q[k], to[k].max);
+  exp_ranged(e);
+  for (int k = 0; k < kCount; ++k) {
+    to[k].sum = add(to[k].sum, e[k]);
+    if (kEntropy) to[k].weighted = muladd(e[k], d[k], to[k].weighted);
+    if (kKeep) store(keep + k * kLanes, e[k]);
+  }
 }
 
 struct BlockSums {
@@ -105,24 +131,25 @@ struct BlockSums {
 
 template <class T, bool kEntropy, bool kKeep>
 IRL_INLINE BlockSums block_sums(const T* q, std::int64_t n, float reference, float* exps) {
-  const Lanes r = splat(reference);
-  Accumulator a0 = {splat(-kInfinity), splat(0.0f), splat(0.0f)}, a1 = a0, a2 = a0, a3 = a0;
+  const Lanes r = splat(reference), zero = splat(0.0f), low = splat(-kInfinity);
+  Accumulator a[4] = {{low, zero, zero}, {low, zero, zero}, {low, zero, zero}, {low, zero, zero}};
   std::int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
     for (std::int64_t k = 0; k < 4 * kLanes; k += 64 / static_cast<std::int64_t>(sizeof(T)))
       prefetch(q + j + k);
-    accumulate<kEntropy, kKeep>(a0, load(q + j), r, exps + j);
-    accumulate<kEntropy, kKeep>(a1, load(q + j + kLanes), r, exps + j + kLanes);
-    accumulate<kEntropy, kKeep>(a2, load(q + j + 2 * kLanes), r, exps + j + 2 * kLanes);
-    accumulate<kEntropy, kKeep>(a3, load(q + j + 3 * kLanes), r, exps + j + 3 * kLanes);
+    Lanes x[4];
+    load_two(q + j, x[0], x[1]);
+    load_two(q + j + 2 * kLanes, x[2], x[3]);
+    accumulate<kEntropy, kKeep>(a, x, r, exps + j);
   }
   for (; j < n; j += kLanes) {
-    const Lanes x = n - j < kLanes ? load_some(q + j, n - j, -kInfinity) : load(q + j);
-    accumulate<kEntropy, kKeep>(a0, x, r, exps + j);
+    const Lanes x[1] = {n - j < kLanes ? load_some(q + j, n - j, -kInfinity) : load(q + j)};
+    accumulate<kEntropy, kKeep>(a, x, r, exps + j);
   }
-  const Lanes max = max_or_second(max_or_second(a0.max, a1.max), max_or_second(a2.max, a3.max));
-  return {add(add(a0.sum, a1.sum), add(a2.sum, a3.sum)),
-          add(add(a0.weighted, a1.weighted), add(a2.weighted, a3.weighted)), largest(max)};
+  const Lanes max =
+      max_or_second(max_or_second(a[0].max, a[1].max), max_or_second(a[2].max, a[3].max));
+  return {add(add(a[0].sum, a[1].sum), add(a[2].sum, a[3].sum)),
+          add(add(a[0].weighted, a[1].weighted), add(a[2].weighted, a[3].weighted)), largest(max)};
 }
 
 // sum_j exp(q_j - reference), and the same weighted by q_j - reference, in sixteen lanes.
@@ -254,10 +281,10 @@ IRL_INLINE void fill(T* y, std::int64_t begin, std::int64_t end, const Row& row,
       store_some(y + j, n, row.some(j, n));
       j += n;
     }
-    for (; j + kLine <= end; j += kLine)
-      for (std::int64_t k = 0; k < kLine; k += kLanes) stream(y + j + k, row.at(j + k));
+    for (; j + 2 * kLanes <= end; j += 2 * kLanes) stream_two(y + j, row.at(j), row.at(j + kLanes));
     end_streams();
   }
+  for (; j + 2 * kLanes <= end; j += 2 * kLanes) store_two(y + j, row.at(j), row.at(j + kLanes));
   for (; j + kLanes <= end; j += kLanes) store(y + j, row.at(j));
   if (j < end) store_some(y + j, end - j, row.some(j, end - j));
 }
