@@ -67,9 +67,11 @@ IRL_INLINE void stream_two(T* p, Lanes a, Lanes b) {
   stream(p + kLanes, b);
 }
 
+// The lines that four registers of elements will come from.
 template <class T>
-IRL_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+IRL_INLINE void prefetch_four(const T* p) {
+  for (std::size_t byte = 0; byte < 4 * kLanes * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + byte);
 }
 
 IRL_INLINE float largest(Lanes a) {
@@ -135,8 +137,7 @@ IRL_INLINE BlockSums block_sums(const T* q, std::int64_t n, float reference, flo
   Accumulator a[4] = {{low, zero, zero}, {low, zero, zero}, {low, zero, zero}, {low, zero, zero}};
   std::int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    for (std::int64_t k = 0; k < 4 * kLanes; k += 64 / static_cast<std::int64_t>(sizeof(T)))
-      prefetch(q + j + k);
+    prefetch_four(q + j);
     Lanes x[4];
     load_two(q + j, x[0], x[1]);
     load_two(q + j + 2 * kLanes, x[2], x[3]);
@@ -201,21 +202,28 @@ RowSums scan(const T* q, std::int64_t vocab, float* exps, Segment* segments) {
   return row;
 }
 
-// What a row is filled with: at(j) gives sixteen elements from j on, some(j, n) the first n of them
-// without a read past the row.
+// What a row is filled with: apply turns the sources of the elements from j on, registers of
+// kLanes, into their values. kSource says whether there are sources at all, and where they come
+// from.
+enum class Source { none, cache, memory };
 
 struct Zero {
-  IRL_INLINE Lanes value() { return splat(0.0f); }
-  __attribute__((always_inline)) Lanes at(std::int64_t) const { return value(); }
-  __attribute__((always_inline)) Lanes some(std::int64_t, std::int64_t) const { return value(); }
+  static constexpr Source kSource = Source::none;
+  template <int kCount>
+  __attribute__((always_inline)) void apply(std::int64_t, Lanes (&x)[kCount]) const {
+    for (int k = 0; k < kCount; ++k) x[k] = splat(0.0f);
+  }
 };
 
 // c exps_j, the scratch being padded by kLanes.
 struct Scaled {
+  static constexpr Source kSource = Source::none;
   const float* exps;
   Lanes c;
-  __attribute__((always_inline)) Lanes at(std::int64_t j) const { return mul(c, load(exps + j)); }
-  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t) const { return at(j); }
+  template <int kCount>
+  __attribute__((always_inline)) void apply(std::int64_t j, Lanes (&x)[kCount]) const {
+    for (int k = 0; k < kCount; ++k) x[k] = mul(c, load(exps + j + k * kLanes));
+  }
 };
 
 // p (a + b log p); where p is 0 for q = -inf, log p is held finite.
@@ -223,70 +231,82 @@ IRL_INLINE Lanes weigh(Lanes p, Lanes log_p, Lanes a, Lanes b) {
   return mul(p, muladd(b, max_or_second(splat(kExpZero), log_p), a));
 }
 
-template <class T>
 struct ScaledEntropy {
+  static constexpr Source kSource = Source::cache;
   const float* exps;
-  const T* q;
   Lanes c, max, log_sum, a, b;
-  __attribute__((always_inline)) Lanes from(std::int64_t j, Lanes x) const {
-    return weigh(mul(c, load(exps + j)), sub(sub(x, max), log_sum), a, b);
-  }
-  __attribute__((always_inline)) Lanes at(std::int64_t j) const { return from(j, load(q + j)); }
-  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t n) const {
-    return from(j, load_some(q + j, n, 0.0f));
+  template <int kCount>
+  __attribute__((always_inline)) void apply(std::int64_t j, Lanes (&q)[kCount]) const {
+    for (int k = 0; k < kCount; ++k)
+      q[k] = weigh(mul(c, load(exps + j + k * kLanes)), sub(sub(q[k], max), log_sum), a, b);
   }
 };
 
-template <class T>
 struct Direct {
-  const T* q;
+  static constexpr Source kSource = Source::memory;
   Lanes max, log_sum, a, b;
-  __attribute__((always_inline)) Lanes from(Lanes x) const {
-    const Lanes log_p = sub(sub(x, max), log_sum);
-    return zero_at_minus_inf(weigh(exp_ranged(exp_range(log_p)), log_p, a, b), x);
-  }
-  __attribute__((always_inline)) Lanes at(std::int64_t j) const {
-    prefetch(q + j);
-    return from(load(q + j));
-  }
-  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t n) const {
-    return from(load_some(q + j, n, 0.0f));
+  template <int kCount>
+  __attribute__((always_inline)) void apply(std::int64_t, Lanes (&q)[kCount]) const {
+    Lanes log_p[kCount], p[kCount];
+    for (int k = 0; k < kCount; ++k) log_p[k] = sub(sub(q[k], max), log_sum);
+    for (int k = 0; k < kCount; ++k) p[k] = exp_range(log_p[k]);
+    exp_ranged(p);
+    for (int k = 0; k < kCount; ++k) q[k] = zero_at_minus_inf(weigh(p[k], log_p[k], a, b), q[k]);
   }
 };
 
-template <class T>
 struct Multiplied {
-  const T* y;
+  static constexpr Source kSource = Source::memory;
   Lanes factor;
-  __attribute__((always_inline)) Lanes at(std::int64_t j) const {
-    prefetch(y + j);
-    return mul(factor, load(y + j));
-  }
-  __attribute__((always_inline)) Lanes some(std::int64_t j, std::int64_t n) const {
-    return mul(factor, load_some(y + j, n, 0.0f));
+  template <int kCount>
+  __attribute__((always_inline)) void apply(std::int64_t, Lanes (&y)[kCount]) const {
+    for (int k = 0; k < kCount; ++k) y[k] = mul(factor, y[k]);
   }
 };
 
-// y_j = row_j for begin <= j < end. Each element is read before it is written, so y may be q.
 template <class T, class Row>
-IRL_INLINE void fill(T* y, std::int64_t begin, std::int64_t end, const Row& row, Stores stores) {
+IRL_INLINE void four(const T* source, std::int64_t j, const Row& row, Lanes (&x)[4]) {
+  if (Row::kSource == Source::memory) prefetch_four(source + j);
+  if (Row::kSource != Source::none) {
+    load_two(source + j, x[0], x[1]);
+    load_two(source + j + 2 * kLanes, x[2], x[3]);
+  }
+  row.apply(j, x);
+}
+
+// y_j = row_j for begin <= j < end, of source_j. Each element is read before it is written, so y
+// may be the source.
+template <class T, class Row>
+IRL_INLINE void fill(T* y, const T* source, std::int64_t begin, std::int64_t end, const Row& row,
+                     Stores stores) {
   std::int64_t j = begin;
+  Lanes x[4], last[1];
+  const auto some = [&](std::int64_t n) __attribute__((always_inline)) {
+    if (Row::kSource != Source::none) last[0] = load_some(source + j, n, 0.0f);
+    row.apply(j, last);
+    store_some(y + j, n, last[0]);
+    j += n;
+  };
   if (stores == Stores::streamed) {
     constexpr std::int64_t kLine = 64 / sizeof(T);
     std::int64_t head = -(reinterpret_cast<std::intptr_t>(y + j) / std::intptr_t{sizeof(T)});
     head &= kLine - 1;
     if (head > end - j) head = end - j;
-    for (const std::int64_t aligned = j + head; j < aligned;) {
-      const std::int64_t n = aligned - j < kLanes ? aligned - j : kLanes;
-      store_some(y + j, n, row.some(j, n));
-      j += n;
+    for (const std::int64_t aligned = j + head; j < aligned;)
+      some(aligned - j < kLanes ? aligned - j : kLanes);
+    for (; j + 4 * kLanes <= end; j += 4 * kLanes) {
+      four(source, j, row, x);
+      stream_two(y + j, x[0], x[1]);
+      stream_two(y + j + 2 * kLanes, x[2], x[3]);
     }
-    for (; j + 2 * kLanes <= end; j += 2 * kLanes) stream_two(y + j, row.at(j), row.at(j + kLanes));
     end_streams();
   }
-  for (; j + 2 * kLanes <= end; j += 2 * kLanes) store_two(y + j, row.at(j), row.at(j + kLanes));
-  for (; j + kLanes <= end; j += kLanes) store(y + j, row.at(j));
-  if (j < end) store_some(y + j, end - j, row.some(j, end - j));
+  for (; j + 4 * kLanes <= end; j += 4 * kLanes) {
+    four(source, j, row, x);
+    store_two(y + j, x[0], x[1]);
+    store_two(y + j + 2 * kLanes, x[2], x[3]);
+  }
+  while (j < end) some(end - j < kLanes ? end - j : kLanes);
 }
 
 // The entries of the table.
@@ -313,18 +333,17 @@ void write_scanned(const void* q, void* y, std::int64_t vocab, const float* exps
     const double change =
         static_cast<double>(segments[s].reference) - static_cast<double>(sums.max);
     const double share = __builtin_exp(change) / sums.sum;
+    const Lanes c = splat(static_cast<float>(b == 0.0f ? a * share : share));
     if (b == 0.0f) {
-      fill(static_cast<T*>(y), begin, end, Scaled{exps, splat(static_cast<float>(a * share))},
-           stores);
+      fill(static_cast<T*>(y), static_cast<const T*>(q), begin, end, Scaled{exps, c}, stores);
     } else {
-      const ScaledEntropy<T> row = {exps,
-                                    static_cast<const T*>(q),
-                                    splat(static_cast<float>(share)),
-                                    splat(sums.max),
-                                    splat(static_cast<float>(log_sum)),
-                                    splat(static_cast<float>(a)),
-                                    splat(b)};
-      fill(static_cast<T*>(y), begin, end, row, stores);
+      const ScaledEntropy row = {exps,
+                                 c,
+                                 splat(sums.max),
+                                 splat(static_cast<float>(log_sum)),
+                                 splat(static_cast<float>(a)),
+                                 splat(b)};
+      fill(static_cast<T*>(y), static_cast<const T*>(q), begin, end, row, stores);
     }
   }
 }
@@ -333,20 +352,20 @@ void write_scanned(const void* q, void* y, std::int64_t vocab, const float* exps
 template <class T>
 void write(const void* q, void* y, std::int64_t vocab, float max, float log_sum, float a, float b,
            Stores stores) {
-  const Direct<T> row = {static_cast<const T*>(q), splat(max), splat(log_sum), splat(a), splat(b)};
-  fill(static_cast<T*>(y), 0, vocab, row, stores);
+  const Direct row = {splat(max), splat(log_sum), splat(a), splat(b)};
+  fill(static_cast<T*>(y), static_cast<const T*>(q), 0, vocab, row, stores);
 }
 
 // Traffic: one write of y.
 template <class T>
 void clear(void* y, std::int64_t vocab, Stores stores) {
-  fill(static_cast<T*>(y), 0, vocab, Zero{}, stores);
+  fill(static_cast<T*>(y), static_cast<const T*>(y), 0, vocab, Zero{}, stores);
 }
 
 // Traffic: one read and one write of y; cached stores, because the read has brought the lines in.
 template <class T>
 void scale_row(void* y, std::int64_t vocab, float factor) {
-  fill(static_cast<T*>(y), 0, vocab, Multiplied<T>{static_cast<const T*>(y), splat(factor)},
+  fill(static_cast<T*>(y), static_cast<const T*>(y), 0, vocab, Multiplied{splat(factor)},
        Stores::cached);
 }
 
