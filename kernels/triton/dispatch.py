@@ -1,0 +1,163 @@
+"""Which form of a kernel serves a row: tables by V and architecture; nothing is tuned at run time.
+
+The numbers come from compilers (``make aot-gpu``), not from timings: the largest row that a form
+holds without spilling a register. The dtype makes no difference to them, because what lies in the
+registers are float32 exponentials.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+CLUSTERS_SINCE = (3, 8)  # the first Triton that reduces across the blocks of a cluster
+
+NVIDIA, NVIDIA_CLUSTERS, AMD, OTHER = "nvidia", "nvidia with clusters", "amd", "other"
+
+
+class Resident(NamedTuple):
+    """The row on chip, cut in two powers of two (the second may be 0); see ``resident.py``."""
+
+    first: int
+    second: int
+    num_warps: int
+    num_ctas: int = 1
+    blocks: int = 1  # that a multiprocessor should hold, so that one loads while another waits
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """What a launch is given: constants of the kernel, and options of the compiler."""
+        return {
+            "FIRST": self.first,
+            "SECOND": self.second,
+            "num_warps": self.num_warps,
+            "num_ctas": self.num_ctas,
+        }
+
+
+class Tiles(NamedTuple):
+    """The row in tiles of [r, lanes]; see ``scan.py`` and ``two_pass.py``."""
+
+    r: int
+    lanes: int
+    num_warps: int
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """As for Resident."""
+        return {"R": self.r, "L": self.lanes, "num_warps": self.num_warps}
+
+
+class Block(NamedTuple):
+    """The row in independent blocks of columns; see ``row_grad.py`` and ``scale.py``."""
+
+    columns: int
+    num_warps: int
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """As for Resident."""
+        return {"BLOCK": self.columns, "num_warps": self.num_warps}
+
+    def programs(self, columns: int) -> int:
+        """How many blocks cover that many."""
+        return max(1, -(-columns // self.columns))
+
+
+class Fits(NamedTuple):
+    """A resident form and the most columns that it holds."""
+
+    columns: int
+    num_warps: int
+    num_ctas: int = 1
+    blocks: int = 1
+
+
+# 32 float32 numbers a thread leave room for the rest in 64 registers. With entropy the logits live
+# on beside them: up to 97 registers, which blocks of 32 warps do not have.
+_NVIDIA = (Fits(1024, 4, 1, 8), Fits(2048, 4, 1, 4), Fits(8192, 8, 1, 4), Fits(16384, 16, 1, 2))
+_NVIDIA_ENTROPY = (Fits(1024, 4, 1, 4), Fits(4096, 8, 1, 2), Fits(8192, 16), Fits(16384, 16))
+RESIDENT: dict[str, tuple[Fits, ...]] = {
+    NVIDIA: (*_NVIDIA, Fits(32768, 32)),
+    NVIDIA_CLUSTERS: (
+        *_NVIDIA,
+        Fits(32768, 32),
+        Fits(65536, 16, 4, 2),
+        Fits(131072, 16, 8, 2),
+        Fits(163840, 16, 8),
+        Fits(262144, 32, 8),  # 8 is the largest cluster that every device accepts
+    ),
+    # 64 lanes a wave, and 16 waves share 128 registers each
+    AMD: (Fits(2048, 4), Fits(8192, 8), Fits(65536, 16)),
+    OTHER: (Fits(2048, 4), Fits(8192, 16)),
+}
+RESIDENT_ENTROPY: dict[str, tuple[Fits, ...]] = {
+    NVIDIA: _NVIDIA_ENTROPY,
+    NVIDIA_CLUSTERS: (
+        *_NVIDIA_ENTROPY,
+        Fits(32768, 16, 2),
+        Fits(65536, 16, 4),
+        Fits(163840, 16, 8),
+    ),
+    AMD: (Fits(2048, 4), Fits(8192, 8), Fits(49152, 16)),
+    OTHER: (Fits(2048, 4), Fits(8192, 16)),
+}
+# The rest of the row has to wait in the L2 cache, so that as few rows as possible should be under
+# way at once: one block of all the threads that a multiprocessor accepts.
+TWO_PASS = {NVIDIA: Tiles(2, 8192, 32), AMD: Tiles(2, 8192, 16), OTHER: Tiles(2, 2048, 16)}
+# Lanes are 8 elements for each thread, so that no thread waits for another inside the loop.
+STATS_SHORT = {NVIDIA: Tiles(2, 1024, 4), AMD: Tiles(2, 1024, 2), OTHER: Tiles(2, 1024, 4)}
+STATS_LONG = {NVIDIA: Tiles(4, 2048, 8), AMD: Tiles(4, 2048, 4), OTHER: Tiles(2, 2048, 8)}
+SHORT = 4096
+
+LABELS = Block(128, 4)  # here rows, one a thread
+SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to cost nothing where the factor is 1
+
+
+def family(backend: str, arch: int | str, triton_version: str) -> str:
+    """The rows of the tables for a device, as Triton's current target names it.
+
+    Clusters are trusted on 9.x and 10.x, the data-centre chips of Hopper and Blackwell.
+    """
+    if backend == "hip":
+        return AMD
+    if backend != "cuda":
+        return OTHER
+    version = tuple(int(part) for part in triton_version.split(".")[:2])
+    clusters = int(arch) // 10 in (9, 10) and version >= CLUSTERS_SINCE
+    return NVIDIA_CLUSTERS if clusters else NVIDIA
+
+
+def row_stats_grad(vocab: int, entropy: bool, of: str) -> Resident | Tiles:
+    """The resident form with the fewest columns that the row fits in, else two passes."""
+    for fits in (RESIDENT_ENTROPY if entropy else RESIDENT)[of]:
+        if vocab <= fits.columns:
+            first, second = cut(vocab)
+            return Resident(first, second, *fits[1:])
+    return _without_clusters(TWO_PASS, of)
+
+
+def row_stats(vocab: int, of: str) -> Tiles:
+    """Tiles no larger than the row needs."""
+    return _without_clusters(STATS_SHORT if vocab <= SHORT else STATS_LONG, of)
+
+
+def row_grad(of: str) -> Block:
+    """One block size for all rows."""
+    return Block(4096, 4 if of == AMD else 8)
+
+
+def cut(vocab: int) -> tuple[int, int]:
+    """The row in powers of two: one, or one with a half or a quarter of it behind.
+
+    151936 columns take 131072 + 32768 lanes, where one power of two would take 262144.
+    """
+    whole = 1 << max(4, (vocab - 1).bit_length())
+    half = whole // 2
+    for second in (half // 4, half // 2):
+        if vocab <= half + second and half >= 4096:
+            return half, second
+    return whole, 0
+
+
+def _without_clusters(table: dict[str, Tiles], of: str) -> Tiles:
+    return table[NVIDIA if of == NVIDIA_CLUSTERS else of]
