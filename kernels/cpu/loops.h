@@ -281,19 +281,20 @@ IRL_INLINE void fill(T* y, const T* source, std::int64_t begin, std::int64_t end
                      Stores stores) {
   std::int64_t j = begin;
   Lanes x[4], last[1];
-  const auto some = [&](std::int64_t n) __attribute__((always_inline)) {
+  // The elements from j on, a register of them or as many as there are before `stop`; the new j.
+  const auto some = [&](std::int64_t stop) __attribute__((always_inline)) {
+    const std::int64_t n = stop - j < kLanes ? stop - j : kLanes;
     if (Row::kSource != Source::none) last[0] = load_some(source + j, n, 0.0f);
     row.apply(j, last);
     store_some(y + j, n, last[0]);
-    j += n;
+    return j + n;
   };
   if (stores == Stores::streamed) {
     constexpr std::int64_t kLine = 64 / sizeof(T);
     std::int64_t head = -(reinterpret_cast<std::intptr_t>(y + j) / std::intptr_t{sizeof(T)});
     head &= kLine - 1;
     if (head > end - j) head = end - j;
-    for (const std::int64_t aligned = j + head; j < aligned;)
-      some(aligned - j < kLanes ? aligned - j : kLanes);
+    for (const std::int64_t aligned = j + head; j < aligned;) j = some(aligned);
     for (; j + 4 * kLanes <= end; j += 4 * kLanes) {
       four(source, j, row, x);
       stream_two(y + j, x[0], x[1]);
@@ -306,7 +307,7 @@ IRL_INLINE void fill(T* y, const T* source, std::int64_t begin, std::int64_t end
     store_two(y + j, x[0], x[1]);
     store_two(y + j + 2 * kLanes, x[2], x[3]);
   }
-  while (j < end) some(end - j < kLanes ? end - j : kLanes);
+  while (j < end) j = some(end);
 }
 
 // The entries of the table.
