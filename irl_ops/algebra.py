@@ -39,6 +39,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 NO_LABEL = -1
 BAD_LABEL = 2**31 - 1  # outside every vocabulary: the kernels answer NaN and read nothing
+UNREAD = float("-inf")  # as alpha: nobody needs the row, the kernels answer 0 and read nothing
 
 
 # --- Sequences: which row follows which, and what kind each is ---
@@ -372,7 +373,10 @@ def single_pass(
         detach_next=detach_next,
     )
     entropy_weight = loss.entropy_coef * loss.mle if loss.entropy else None
-    row_max, logsum, entropy, dlogits = kernels.row_stats_grad(logits, alpha, beta, entropy_weight)
+    needed = (kind != IGNORED) | preceding(xp, kind == BOOTSTRAP, False)
+    row_max, logsum, entropy, dlogits = kernels.row_stats_grad(
+        logits, xp.where(needed, alpha, UNREAD), beta, entropy_weight
+    )
 
     stats = statistics(xp, labels, row_max, logsum, label_logit, entropy)
     step = transition(xp, kind, stats, loss.gamma, next_values=next_values, values=values)

@@ -196,6 +196,16 @@ def test_fresh_and_mapped_outputs_get_the_same_bits(dtype: str, isa: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_nobody_needs(isa: str, dtype: str) -> None:
+    q, y = Placed(dtype, (3,), 100), Placed(dtype, (3,), 100)
+    q.rows[...] = encode(np.full((3, 100), np.nan), dtype)
+    one = np.ones(3, np.float32)
+    statistics = run_stats_grad(q, np.float32(-np.inf) * one, one, one, y, isa=isa)
+    assert not np.any(statistics) and not np.any(y.rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
 def test_rows_without_coefficients_are_zero_whatever_they_hold(isa: str, dtype: str) -> None:
     vocab = 100
     q, y = Placed(dtype, (3,), vocab), Placed(dtype, (3,), vocab, start=1)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import irl_ops.torch as irl
+from irl_ops import algebra
+from irl_ops.torch.backends import BACKENDS as BACKENDS_BY_NAME
 
 BACKENDS = irl.available_backends()
 I, T, B, N = range(4)  # IGNORED, TERMINAL, BOOTSTRAP, NO_TD  # noqa: E741
@@ -192,3 +194,24 @@ def test_no_rows(backend: str, shape: tuple[int, ...]) -> None:
         loss, gradient = run(logits, labels, reduction=reduction, backend=backend)
         assert loss == 0 and gradient.shape == logits.shape
     assert irl.token_stats(logits, labels, backend=backend).kind.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_leave_out_rows_that_nobody_needs(
+    backend: str, entropy: bool, dtype: torch.dtype
+) -> None:
+    logits = torch.randn(3, V).to(dtype)
+    logits[1] = torch.nan
+    alpha, beta = torch.tensor([1.0, algebra.UNREAD, 2.0]), torch.ones(3)
+    dlogits = torch.full_like(logits, torch.nan)
+    row_max, logsum, h = BACKENDS_BY_NAME[backend].row_stats_grad(
+        logits, alpha, beta, beta if entropy else None, dlogits
+    )
+    assert row_max[1] == logsum[1] == 0 and not dlogits[1].any()
+    assert (h is not None and h[1] == 0) if entropy else h is None
+    assert torch.allclose(
+        (row_max + logsum)[::2], logits[::2].float().logsumexp(-1), rtol=0, atol=1e-6
+    )
+    assert dlogits[::2].all()

@@ -132,6 +132,12 @@ void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, cons
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       char* y = row_at(dlogits, rows, dlogits_layout, i);
+      if (alpha[i] == -HUGE_VALF) {
+        row_max[i] = logsum[i] = 0;
+        if (entropy) entropy[i] = 0;
+        loops.clear(y, rows.vocab, stores);
+        continue;
+      }
       const float b = entropy_weight ? entropy_weight[i] : 0.0f;
       const bool empty = alpha[i] == 0 && beta[i] == 0 && b == 0;
       const RowSums sums = loops.scan(q, rows.vocab, entropy || b != 0,

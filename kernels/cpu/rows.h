@@ -38,8 +38,9 @@ void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void
 
 // Statistics as in row_stats and dlogits_j = p_j (A + B log p_j), where
 // A = alpha + beta (row_max + logsum) + entropy_weight entropy and B = entropy_weight; a term whose
-// coefficient is 0 counts as 0. entropy_weight null means 0; entropy may be null.
-// Traffic: one read of the logits and one write of dlogits.
+// coefficient is 0 counts as 0. entropy_weight null means 0; entropy may be null. Where alpha =
+// -inf nobody needs the row: its statistics and its gradient are 0. Traffic: one read of the
+// logits, but for rows of alpha = -inf, and one write of dlogits.
 void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
                     const float* alpha, const float* beta, const float* entropy_weight,
                     float* row_max, float* logsum, float* entropy, void* dlogits,

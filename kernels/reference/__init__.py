@@ -62,17 +62,21 @@ def row_stats_grad(
 
     ``dlogits_j = p_j (A + B log p_j)`` with A = alpha + beta (row_max + logsum) + B entropy and
     B = ``entropy_weight``; None stands for 0, and the entropy is None then. A coefficient of 0
-    silences its factor, NaN or not.
+    silences its factor, NaN or not. Where alpha = -inf everything is 0: a row that nobody needs,
+    and that other kernels do not read.
     """
     xp = array_namespace(logits)
-    q = _upcast(logits)
+    unread = alpha == -xp.inf
+    q = xp.where(unread[..., None], 0.0, _upcast(logits))
+    alpha, beta = xp.where(unread, 0.0, alpha), xp.where(unread, 0.0, beta)
     row_max, logsum = _normaliser(q)
     a, b, entropy = alpha + xp.where(beta != 0, beta * (row_max + logsum), 0.0), 0 * alpha, None
     if entropy_weight is not None:
-        b, entropy = entropy_weight, _entropy(q, row_max, logsum)
+        b = xp.where(unread, 0.0, entropy_weight)
+        entropy = xp.where(unread, 0.0, _entropy(q, row_max, logsum))
         a = a + xp.where(b != 0, b * entropy, 0.0)
     dlogits = xp.astype(_softmax_terms(q, row_max, logsum, a, b), logits.dtype)
-    return row_max, logsum, entropy, dlogits
+    return row_max, xp.where(unread, 0.0, logsum), entropy, dlogits
 
 
 def label_logit(logits: Array, labels: Array) -> Array:
