@@ -36,6 +36,15 @@ def entropy_of(total, centred_sum, log_total):
 
 
 @triton.jit
+def coefficients_of(alpha, beta, row):
+    """``(alpha, beta, needed)`` of a row; alpha = -inf says that nobody needs it."""
+    alpha_row = tl.load(alpha + row)
+    needed = alpha_row != -INF
+    beta_row = tl.load(beta + row)
+    return tl.where(needed, alpha_row, 0.0), tl.where(needed, beta_row, 0.0), needed
+
+
+@triton.jit
 def coefficient(alpha, beta, b, value, entropy):
     """``A = alpha + beta V + B H``. A coefficient of 0 silences its factor, NaN or not."""
     a = alpha + tl.where(beta == 0.0, 0.0, beta * value)

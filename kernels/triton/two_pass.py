@@ -14,6 +14,7 @@ from irl_ops.kernels.triton.scan import scan
 from irl_ops.kernels.triton.softmax import (
     INF,
     coefficient,
+    coefficients_of,
     entropy_of,
     exp,
     gradient,
@@ -33,16 +34,20 @@ def row_stats_grad(
     source = row_of(logits, row, inner, q_outer, q_inner, EDGES)
     target = row_of(dlogits, row, inner, d_outer, d_inner, EDGES)
     skip, count = groups_of(source, n_cols, EDGES)
-    top, total, centred_sum = scan(source, n_cols, skip, count, R, L, ENTROPY, EDGES, "evict_last")
+    alpha_row, beta_row, needed = coefficients_of(alpha, beta, row)
+    columns, whole_groups = tl.where(needed, n_cols, 0), tl.where(needed, count, 0)
+    top, total, centred_sum = scan(
+        source, columns, tl.where(needed, skip, 0), whole_groups, R, L, ENTROPY, EDGES, "evict_last"
+    )
     origin, log_total = origin_of(top), tl.log(total)
-    tl.store(row_max + row, top)
-    tl.store(logsum + row, log_total)
+    tl.store(row_max + row, tl.where(needed, top, 0.0))
+    tl.store(logsum + row, tl.where(needed, log_total, 0.0))
     b, h = 0.0, 0.0
     if ENTROPY:
         h = entropy_of(total, centred_sum, log_total)
         tl.store(entropy + row, h)
-        b = tl.load(entropy_weight + row)
-    a = coefficient(tl.load(alpha + row), tl.load(beta + row), b, top + log_total, h)
+        b = tl.where(needed, tl.load(entropy_weight + row), 0.0)
+    a = coefficient(alpha_row, beta_row, b, top + log_total, h)
     live = (a != 0.0) | (b != 0.0)
 
     TILE: tl.constexpr = R * L
