@@ -1,9 +1,12 @@
 """What every test runs under."""
 
+import importlib.util
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Imported before the next statement: a package that is imported finds its modules through its own
@@ -19,3 +22,24 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # CI draws the same examples every time, so that a failure there can be repeated anywhere.
 settings.register_profile("irl_ops", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("irl_ops")
+
+# Triton's kernels are interpreted. The variable counts when they are first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+if importlib.util.find_spec("triton"):
+    from . import interpreter
+
+    interpreter.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """The interpreter takes milliseconds for a row: of random batches it gets one in ten."""
+    test = getattr(item, "obj", None)
+    usual = getattr(test, "_hypothesis_internal_use_settings", None)
+    if usual is None or item.callspec.params.get("backend") != "triton":
+        return (yield)
+    test._hypothesis_internal_use_settings = settings(usual, max_examples=usual.max_examples // 10)
+    try:
+        return (yield)
+    finally:
+        test._hypothesis_internal_use_settings = usual

@@ -60,6 +60,8 @@ UPPER = {"irl_ops.torch", "irl_ops.integrations", "irl_ops.reference", "irl_ops.
         ("irl_ops/integrations/**/*.py", {"irl_ops.doctor", "irl_ops.reference"}),
         ("kernels/**/*.py", UPPER | {"irl_ops.algebra", "irl_ops.schedules", "transformers"}),
         ("kernels/reference/**/*.py", FRAMEWORKS),
+        ("kernels/triton/**/*.py", FRAMEWORKS - {"triton"}),
+        ("kernels/triton/dispatch.py", FRAMEWORKS),
     ],
 )
 def test_imports_point_one_way(pattern, forbidden):

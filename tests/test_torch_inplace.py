@@ -119,7 +119,10 @@ def test_views_of_computed_logits_are_served(backend: str) -> None:
     irl.iqlearn_loss(expected, LABELS, backend=backend).backward()
     loss = irl.iqlearn_loss(logits, LABELS, inplace=True, backend=backend)
     (gradient,) = torch.autograd.grad(loss, computed)
-    assert torch.equal(gradient.movedim(0, 1)[:, 1:, 1:-2], expected.grad)
+    # kernels may add up in an order that depends on where a row starts in memory
+    torch.testing.assert_close(
+        gradient.movedim(0, 1)[:, 1:, 1:-2], expected.grad, rtol=1e-5, atol=1e-7
+    )
     assert torch.equal(gradient.movedim(0, 1)[:, 1:, 1:-2], logits)
     assert torch.equal(computed[0], before[0])
     assert torch.equal(computed[..., :1], before[..., :1])

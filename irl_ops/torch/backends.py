@@ -12,9 +12,13 @@ from types import ModuleType
 
 import torch
 
-from irl_ops.torch import native, plain
+from irl_ops.torch import native, plain, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": plain}  # fastest first
+BACKENDS: dict[str, ModuleType] = {  # fastest first
+    "triton": triton,
+    "native": native,
+    "reference": plain,
+}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -46,7 +50,9 @@ def choose(name: str, device: torch.device) -> str:
     if name == "auto":
         name = os.environ.get("IRL_OPS_BACKEND", "auto")
     if name == "auto":
-        return next(n for n, b in BACKENDS.items() if b.unavailable(device) is None)
+        # Triton on a CPU is its interpreter, which is asked for by name
+        names = (n for n in BACKENDS if not (n == "triton" and device.type == "cpu"))
+        return next(n for n in names if BACKENDS[n].unavailable(device) is None)
     if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
         raise ValueError(f"backend is {name!r}; accepted: {accepted}")
