@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import held_out, loss_megabytes, loss_milliseconds, sample, self_bleu
+from diversity import self_bleu
+from measure import held_out, loss_megabytes, loss_milliseconds, sample
 from report import Progress, Run, write_report
 from rich.console import Console
 from text_data import ACCEPTED, DataError, Row, Text, prepare
@@ -111,6 +112,7 @@ def main() -> None:
         "data": str(options.data or "topics of pydoc"),
         "seed": options.seed,
         "gamma": options.gamma,
+        "mle": "Transformers",
         "batch_size": BATCH_SIZE,
         **sizes._asdict(),
         "vocab_size": start.config.vocab_size,

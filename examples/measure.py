@@ -1,4 +1,4 @@
-"""What the demo measures: held-out statistics, samples and their diversity, the cost of a loss."""
+"""What the demo measures: held-out statistics, samples, the cost of a loss."""
 
 import contextlib
 import json
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
@@ -76,18 +75,6 @@ def sample(
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     texts = [[token for token in row if token not in special] for row in ids.tolist()]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
-
-
-def self_bleu(groups: Sequence[Sequence[str]]) -> float:
-    """Average the BLEU of each sample against the other samples of its prompt (0-100).
-
-    Lower is more diverse. BLEU depends on length too, so read it next to the mean length.
-    """
-    return statistics.mean(
-        sacrebleu.sentence_bleu(text, [*group[:i], *group[i + 1 :]]).score
-        for group in groups
-        for i, text in enumerate(group)
-    )
 
 
 def loss_milliseconds(

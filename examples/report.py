@@ -168,7 +168,7 @@ def key(facts: Mapping[str, Any]) -> Table:
             "loss",
             f"forward and backward on {facts['loss_rows']} x {facts['vocab_size']} logits: median "
             "time, and the most memory held beside the logits, gradient included; "
-            "for MLE, the loss that Transformers comes with",
+            f"for MLE, the loss that {facts['mle']} comes with",
         ),
         (
             "step",

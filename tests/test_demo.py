@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "finetune_transformers.py"
 sys.path.insert(0, str(DEMO.parent))  # the examples are scripts, not a package
 
+import diversity  # noqa: E402
 import finetune_transformers  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
@@ -152,10 +153,10 @@ def test_labels_mask_the_prompt_and_end_with_the_end_token():
 
 def test_self_bleu_of_equal_and_of_unlike_samples():
     same, unlike = "one two three four five", "six seven eight nine ten"
-    assert measure.self_bleu([[same, same, same]]) == pytest.approx(100)
+    assert diversity.self_bleu([[same, same, same]]) == pytest.approx(100)
     # sacrebleu smooths counts of zero, so that unlike texts do not get 0 exactly
-    assert measure.self_bleu([[same, unlike]]) < 15
-    assert measure.self_bleu([[same, ""]]) == 0
+    assert diversity.self_bleu([[same, unlike]]) < 15
+    assert diversity.self_bleu([[same, ""]]) == 0
 
 
 def test_loss_megabytes_counts_what_the_loss_holds():
