@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,21 +13,10 @@ import irl_ops.torch as irl
 
 from . import naive
 from .contest import Contest, Contestant
+from .produced import Produced
 
 SHAPE = (2, 512, 32768)
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Produced(torch.autograd.Function):
-    """Logits as a model gives them, a non-leaf of their own storage; their gradient is dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, None]:
-        return torch.zeros(()), None
 
 
 def step(loss: Loss, logits: Tensor, labels: Tensor) -> Contestant:
