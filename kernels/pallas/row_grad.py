@@ -1,0 +1,90 @@
+"""row_grad: ``p_j (A + B log p_j) + C 1{j = label}`` from the row's statistics.
+
+Traffic: one read and one write of the logits. One exponential an element.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from irl_ops.kernels.pallas import softmax
+from irl_ops.kernels.pallas.generations import Generation
+from irl_ops.kernels.pallas.tiles import (
+    LANES,
+    Blocks,
+    array_like,
+    chunk_of,
+    columns_beside,
+    lanes_of,
+    planes,
+    tiles_of,
+)
+
+
+def row_grad(
+    logits: jax.Array,
+    labels: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    of: Generation,
+    interpret: Any = False,
+) -> jax.Array:
+    """The gradient in the logits' dtype; see ``irl_ops.kernels.reference``.
+
+    It takes the logits' storage: XLA copies them first where they are read later on.
+    """
+    x, y = planes(logits, 2), planes(labels.astype(jnp.int32), 1)[..., None]
+    given = columns_beside(*(planes(v, 1) for v in (row_max, logsum, a, b, c)))
+    blocks = Blocks.of(x, of.rows, of.columns, of)
+    out = pl.pallas_call(
+        functools.partial(_kernel, blocks),
+        grid=blocks.grid,
+        in_specs=[blocks.vectors(1), blocks.vectors(5), blocks.logits],
+        out_specs=blocks.logits,
+        out_shape=array_like(x, x.shape, x.dtype),
+        input_output_aliases={2: 0},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel"),
+            vmem_limit_bytes=of.vmem_limit,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=8 * x.size,
+            transcendentals=x.size,
+            bytes_accessed=2 * x.size * x.dtype.itemsize + 2 * y.size * LANES * 4,
+        ),
+        interpret=interpret,
+        name="irl_row_grad",
+    )(y, given, x)
+    dlogits: jax.Array = out.reshape(logits.shape)
+    return dlogits
+
+
+def _kernel(blocks: Blocks, labels: Any, given: Any, x: Any, out: Any) -> None:
+    """One block; what lies behind the last column and the last row is computed and not stored."""
+    first = pl.program_id(2) * blocks.block[1]
+
+    def group(rows: Any) -> None:
+        row_max, logsum, a, b, c = (given[rows, k : k + 1] for k in range(5))
+        row = softmax.Rows.of(row_max, logsum, a, b)
+        place = labels[rows, :] - first - lanes_of(row.a)
+        c = jnp.broadcast_to(c, row.a.shape)
+
+        def step(start: Any, width: int, _: None) -> None:
+            target = chunk_of(out, rows, start, width)
+            for k, tile in enumerate(tiles_of(chunk_of(x, rows, start, width), width)):
+                g = softmax.gradient(tile, row)
+                g = jnp.where(place == start + k * LANES, g + c, g)
+                target[:, k * LANES : (k + 1) * LANES] = g.astype(out.dtype)
+
+        blocks.each_chunk(blocks.block[1], step, None)
+
+    blocks.each_group(group)
