@@ -19,10 +19,10 @@ endif
 export CXX
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench lint wheel clean FORCE
+.PHONY: help test demo bench gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -P -m pytest $(ARGS)
@@ -32,6 +32,12 @@ demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compar
 
 bench: $(READY) ## time the losses beside a copy of the logits and other libraries
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
+
+gpu-check: $(READY)  ## on a GPU: the property tests on the device, and what only a GPU can show
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+bench-gpu: $(READY)  ## on a GPU: time the losses beside a copy and other libraries
+	$(BIN)/python benchmarks/gpu_bench.py $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Random batches for the losses, and how closely a result has to agree with `naive`."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import naive
 
+DEVICE = os.environ.get("IRL_OPS_TEST_DEVICE", "cpu")  # where what is under test computes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSSES = ("iqlearn_loss", "mle_loss", "online_iqlearn_loss")
 VOCABS = (1, 2, 17, 17, 64, 131)
@@ -186,18 +188,25 @@ class Outcome:
 
 def differentiate(function: Callable[..., Tensor], case: Case, dtype: Any = None) -> Outcome:
     """The loss and its gradients by backward(); in float64 for the naive ones."""
-    leaf = case.leaf.clone().to(dtype or case.leaf.dtype).requires_grad_()
-    heads = {
-        key: case.options[key].clone().to(dtype or case.options[key].dtype).requires_grad_()
-        for key in ("values", "next_values")
-        if case.options.get(key) is not None
+    device = "cpu" if dtype else DEVICE
+    options = {
+        key: x.to(device, copy=True) if isinstance(x, Tensor) else x
+        for key, x in case.options.items()
     }
-    loss = function(case.view(leaf), case.labels, **{**case.options, **heads})
+    leaf = case.leaf.clone().to(device, dtype or case.leaf.dtype).requires_grad_()
+    heads = {
+        key: options[key].to(dtype or options[key].dtype).requires_grad_()
+        for key in ("values", "next_values")
+        if options.get(key) is not None
+    }
+    loss = function(case.view(leaf), case.labels.to(device), **{**options, **heads})
     if dtype is not None:
         loss = loss + 0 * leaf.nan_to_num(0, 0, 0).sum()  # naive terms of weight 0 have no graph
-    (loss * case.upstream).sum().backward()
+    upstream = case.upstream.to(device) if isinstance(case.upstream, Tensor) else case.upstream
+    (loss * upstream).sum().backward()
     grads = [x.grad if x is not None else None for x in map(heads.get, ("values", "next_values"))]
-    return Outcome(loss.detach(), case.view(leaf.grad), *grads)
+    back = (None if x is None else x.cpu() for x in grads)
+    return Outcome(loss.detach().cpu(), case.view(leaf.grad.cpu()), *back)
 
 
 def tolerance(case: Case) -> Outcome:
