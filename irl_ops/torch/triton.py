@@ -86,7 +86,9 @@ def row_stats_grad(
         entropy, weight = _row_vector(logits), entropy_weight.contiguous()
     vectors = (alpha.contiguous(), beta.contiguous(), weight, row_max, logsum, entropy)
     for q, d, a, b, w, *out in _planes(logits, dlogits, *vectors):
-        form = dispatch.row_stats_grad(q.shape[-1], weight is not None, _family(q.device))
+        form = dispatch.row_stats_grad(
+            q.shape[-1], q.itemsize, weight is not None, _family(q.device)
+        )
         name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
         with _current(q.device):
             _kernel(name, "row_stats_grad")[(_rows(q),)](

@@ -1,8 +1,7 @@
 """Which form of a kernel serves a row: tables by V and architecture; nothing is tuned at run time.
 
 The numbers come from compilers (``make aot-gpu``), not from timings: the largest row that a form
-holds without spilling a register. The dtype makes no difference to them, because what lies in the
-registers are float32 exponentials.
+holds without spilling a register.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ class Resident(NamedTuple):
     second: int
     num_warps: int
     num_ctas: int = 1
-    blocks: int = 1  # that a multiprocessor should hold, so that one loads while another waits
+    # That a multiprocessor holds at once, so that one loads while another waits; of float32, half
+    # as many move as many bytes.
+    blocks: int = 1
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -40,6 +41,7 @@ class Tiles(NamedTuple):
     r: int
     lanes: int
     num_warps: int
+    blocks: int = 1
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class Block(NamedTuple):
 
     columns: int
     num_warps: int
+    blocks: int = 1
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -64,51 +67,57 @@ class Block(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """A resident form and the most columns that it holds."""
+    """The most columns that a resident form holds, and the largest elements, in bytes."""
 
     columns: int
     num_warps: int
     num_ctas: int = 1
     blocks: int = 1
+    itemsize: int = 4
 
 
 # 32 float32 numbers a thread leave room for the rest in 64 registers. With entropy the logits live
-# on beside them: up to 97 registers, which blocks of 32 warps do not have.
-_NVIDIA = (Fits(1024, 4, 1, 8), Fits(2048, 4, 1, 4), Fits(8192, 8, 1, 4), Fits(16384, 16, 1, 2))
-_NVIDIA_ENTROPY = (Fits(1024, 4, 1, 4), Fits(4096, 8, 1, 2), Fits(8192, 16), Fits(16384, 16))
+# on beside them, in up to 97 registers, which blocks of 32 warps do not have.
+_SMALL = (Fits(1024, 4, 1, 8), Fits(2048, 4, 1, 4), Fits(8192, 8, 1, 3), Fits(16384, 16, 1, 2))
+_SMALL_ENTROPY = (Fits(1024, 4, 1, 6), Fits(4096, 8, 1, 3), Fits(8192, 16, 1, 2), Fits(16384, 16))
 RESIDENT: dict[str, tuple[Fits, ...]] = {
-    NVIDIA: (*_NVIDIA, Fits(32768, 32)),
+    NVIDIA: (*_SMALL, Fits(32768, 32)),
     NVIDIA_CLUSTERS: (
-        *_NVIDIA,
+        *_SMALL,
         Fits(32768, 32),
         Fits(65536, 16, 4, 2),
         Fits(131072, 16, 8, 2),
         Fits(163840, 16, 8),
-        Fits(262144, 32, 8),  # 8 is the largest cluster that every device accepts
+        Fits(262144, 32, 8),  # 8 blocks are the largest cluster that every such device accepts
     ),
-    # 64 lanes a wave, and 16 waves share 128 registers each
-    AMD: (Fits(2048, 4), Fits(8192, 8), Fits(65536, 16)),
+    AMD: (  # waves of 64 lanes
+        Fits(2048, 4, 1, 2),
+        Fits(8192, 8),
+        Fits(32768, 16),
+        Fits(65536, 16, itemsize=2),
+    ),
     OTHER: (Fits(2048, 4), Fits(8192, 16)),
 }
 RESIDENT_ENTROPY: dict[str, tuple[Fits, ...]] = {
-    NVIDIA: _NVIDIA_ENTROPY,
+    NVIDIA: _SMALL_ENTROPY,
     NVIDIA_CLUSTERS: (
-        *_NVIDIA_ENTROPY,
+        *_SMALL_ENTROPY,
         Fits(32768, 16, 2),
         Fits(65536, 16, 4),
         Fits(163840, 16, 8),
     ),
-    AMD: (Fits(2048, 4), Fits(8192, 8), Fits(49152, 16)),
+    AMD: (Fits(2048, 4, 1, 2), Fits(8192, 8), Fits(32768, 16), Fits(49152, 16, itemsize=2)),
     OTHER: (Fits(2048, 4), Fits(8192, 16)),
 }
 # The rest of the row has to wait in the L2 cache, so that as few rows as possible should be under
-# way at once: one block of all the threads that a multiprocessor accepts.
+# way at once: one block, of all the threads that a multiprocessor accepts in one.
 TWO_PASS = {NVIDIA: Tiles(2, 8192, 32), AMD: Tiles(2, 8192, 16), OTHER: Tiles(2, 2048, 16)}
 # Lanes are 8 elements for each thread, so that no thread waits for another inside the loop.
-STATS_SHORT = {NVIDIA: Tiles(2, 1024, 4), AMD: Tiles(2, 1024, 2), OTHER: Tiles(2, 1024, 4)}
-STATS_LONG = {NVIDIA: Tiles(4, 2048, 8), AMD: Tiles(4, 2048, 4), OTHER: Tiles(2, 2048, 8)}
 SHORT = 4096
+STATS_SHORT = {NVIDIA: Tiles(2, 1024, 4, 4), AMD: Tiles(2, 1024, 2, 4), OTHER: Tiles(2, 1024, 4)}
+STATS_LONG = {NVIDIA: Tiles(4, 2048, 8, 2), AMD: Tiles(4, 2048, 4, 2), OTHER: Tiles(2, 2048, 8)}
 
+ROW_GRAD = {NVIDIA: Block(4096, 8, 4), AMD: Block(4096, 4, 4), OTHER: Block(4096, 8)}
 LABELS = Block(128, 4)  # here rows, one a thread
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to cost nothing where the factor is 1
 
@@ -127,23 +136,22 @@ def family(backend: str, arch: int | str, triton_version: str) -> str:
     return NVIDIA_CLUSTERS if clusters else NVIDIA
 
 
-def row_stats_grad(vocab: int, entropy: bool, of: str) -> Resident | Tiles:
-    """The resident form with the fewest columns that the row fits in, else two passes."""
+def row_stats_grad(vocab: int, itemsize: int, entropy: bool, of: str) -> Resident | Tiles:
+    """The first resident form that holds the row, else two passes."""
     for fits in (RESIDENT_ENTROPY if entropy else RESIDENT)[of]:
-        if vocab <= fits.columns:
-            first, second = cut(vocab)
-            return Resident(first, second, *fits[1:])
-    return _without_clusters(TWO_PASS, of)
+        if vocab <= fits.columns and itemsize <= fits.itemsize:
+            return Resident(*cut(vocab), fits.num_warps, fits.num_ctas, fits.blocks)
+    return TWO_PASS[_plain(of)]
 
 
 def row_stats(vocab: int, of: str) -> Tiles:
     """Tiles no larger than the row needs."""
-    return _without_clusters(STATS_SHORT if vocab <= SHORT else STATS_LONG, of)
+    return (STATS_SHORT if vocab <= SHORT else STATS_LONG)[_plain(of)]
 
 
 def row_grad(of: str) -> Block:
-    """One block size for all rows."""
-    return Block(4096, 4 if of == AMD else 8)
+    """One block size for all rows; ``scale`` takes it as well."""
+    return ROW_GRAD[_plain(of)]
 
 
 def cut(vocab: int) -> tuple[int, int]:
@@ -159,5 +167,6 @@ def cut(vocab: int) -> tuple[int, int]:
     return whole, 0
 
 
-def _without_clusters(table: dict[str, Tiles], of: str) -> Tiles:
-    return table[NVIDIA if of == NVIDIA_CLUSTERS else of]
+def _plain(of: str) -> str:
+    """The family in tables that have nothing to do with clusters."""
+    return NVIDIA if of == NVIDIA_CLUSTERS else of

@@ -1,0 +1,281 @@
+"""Compiles the Triton kernels for GPUs that are not here, and holds them to what they have to meet.
+
+Triton carries the compilers for NVIDIA's and AMD's GPUs, so registers, spills and the width of
+every access are known without a GPU. Compiled is what ``irl_ops.kernels.triton.dispatch`` would
+launch with the Triton that is installed. The command fails where
+
+- a register spills,
+- the middle of a row is accessed in less than 128 bits at a time,
+- there are more exponentials than the kernels' first lines say, or
+- registers keep a multiprocessor from holding as many blocks as ``dispatch`` asks for.
+
+None of this is a timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import machine_code
+from rich.console import Console
+from rich.table import Table
+
+from irl_ops.kernels.triton import dispatch
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {  # Triton's backend, architecture, lanes
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx90a": ("hip", "gfx90a", 64),
+}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+VOCABS = (50257, 128256, 151936, 256000)  # of real models, beside the limits in the tables
+SCALARS = 12  # more than the narrow accesses of any kernel: coefficients, statistics, edges
+RESULTS = Path(__file__).parent / "results" / "aot-gpu.json"
+
+
+class Job(NamedTuple):
+    """One kernel for one target, as it would be launched for ``vocab`` columns."""
+
+    kernel: str
+    target: str
+    dtype: str
+    vocab: int
+    entropy: bool = False
+    edges: bool = False  # V or a stride is no multiple of 16 bytes
+    matched: bool = True  # rows of the gradient lie relative to 16 bytes as those of the logits do
+
+
+class Promise(NamedTuple):
+    """What the middle of a row takes, as instructions of the kernel's text."""
+
+    loads: int
+    stores: int
+    exponentials: int
+    an_element: float  # exponentials that are executed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compiler made of a job, and what is wrong with that."""
+
+    job: Job
+    kernel: str
+    form: str
+    code: machine_code.Code
+    promise: Promise
+    blocks: int  # that the registers of one multiprocessor hold
+    problems: list[str]
+
+
+def jobs(targets: Sequence[str], dtypes: Sequence[str]) -> Iterator[Job]:
+    """Every entry of the tables in ``dispatch``, with and without edges, and every other kernel."""
+    for target, dtype in itertools.product(targets, dtypes):
+        yield Job("label_logit", target, dtype, VOCABS[0], edges=True)
+        yield Job("set_label", target, dtype, VOCABS[0], edges=True)
+        for edges in (False, True):
+            yield Job("scale", target, dtype, VOCABS[0], edges=edges)
+            yield Job("row_grad", target, dtype, VOCABS[0], edges=edges)
+            for entropy in (False, True):
+                for vocab in (dispatch.SHORT, VOCABS[0]):
+                    yield Job("row_stats", target, dtype, vocab, entropy, edges)
+                table = dispatch.RESIDENT_ENTROPY if entropy else dispatch.RESIDENT
+                limits = {fits.columns for fits in table[family(target)]}
+                # the same kernel for several vocabularies is compiled for the largest
+                forms = {
+                    dispatch.row_stats_grad(vocab, DTYPES[dtype], entropy, family(target)): vocab
+                    for vocab in sorted(limits.union(VOCABS))
+                }
+                for vocab in forms.values():
+                    yield Job("row_stats_grad", target, dtype, vocab, entropy, edges)
+        for kernel in ("row_grad", "row_stats_grad"):
+            yield Job(kernel, target, dtype, VOCABS[0], edges=True, matched=False)
+
+
+def family(target: str) -> str:
+    """The target's part of the tables, with the Triton that is installed."""
+    import triton
+
+    backend, arch, _ = TARGETS[target]
+    return dispatch.family(backend, arch, triton.__version__)
+
+
+def run(job: Job) -> Result:
+    """Compiles and judges."""
+    backend, _, lanes = TARGETS[job.target]
+    name, form = launched(job)
+    code = machine_code.of(backend, compiled(job, name, form))
+    promise = promised(job, name, form, lanes * form.num_warps)
+    blocks = machine_code.blocks(backend, code.registers, form.num_warps)
+    problems = []
+    if code.spilled_bytes:
+        problems.append(f"{code.spilled_bytes} bytes spilled")
+    if code.wide_loads < promise.loads or code.narrow_loads > SCALARS:
+        problems.append("narrow loads")
+    if job.matched and (code.wide_stores < promise.stores or code.narrow_stores > SCALARS):
+        problems.append("narrow stores")
+    # edges take up to two more, twice; with entropy compilers repeat a few rather than keep them
+    if code.exponentials > promise.exponentials * (1.125 if job.entropy else 1) + 4:
+        problems.append(f"{code.exponentials} exponentials for {promise.exponentials}")
+    wanted = max(1, form.blocks * 2 // DTYPES[job.dtype])
+    if blocks < wanted:
+        problems.append(f"{blocks} blocks for {wanted}")
+    return Result(job, name, as_text(form), code, promise, blocks, problems)
+
+
+def launched(job: Job) -> tuple[str, Any]:
+    """The kernel's file, and the form that ``dispatch`` chooses."""
+    of = family(job.target)
+    if job.kernel == "row_stats_grad":
+        form = dispatch.row_stats_grad(job.vocab, DTYPES[job.dtype], job.entropy, of)
+        return ("resident" if isinstance(form, dispatch.Resident) else "two_pass"), form
+    if job.kernel == "row_stats":
+        return "row_stats", dispatch.row_stats(job.vocab, of)
+    if job.kernel in ("row_grad", "scale"):
+        return job.kernel, dispatch.row_grad(of)
+    return "labels", dispatch.LABELS
+
+
+def promised(job: Job, name: str, form: Any, threads: int) -> Promise:
+    """The text holds the code of a tile twice: in the loop, and for the rest of the row."""
+    if name == "labels":
+        return Promise(0, 0, 0, 0)
+    if isinstance(form, dispatch.Resident):
+        share = (form.first + form.second) // (threads * form.num_ctas)
+        exponentials = 1 + job.entropy
+    else:
+        columns = form.r * form.lanes if isinstance(form, dispatch.Tiles) else form.columns
+        share, exponentials = columns // threads, int(name != "scale")
+    groups = share * DTYPES[job.dtype] // 16
+    if not isinstance(form, dispatch.Tiles):
+        return Promise(groups, groups, exponentials * share, exponentials)
+    lanes = share // form.r
+    scan = 2 * (share + lanes) + lanes
+    if name == "row_stats":
+        return Promise(2 * groups, 0, scan, 1 + 1 / form.r)
+    return Promise(4 * groups, 2 * groups, scan + 2 * share, 2 + 1 / form.r)
+
+
+def compiled(job: Job, name: str, form: Any) -> Any:
+    """The kernel as ``irl_ops.torch.triton`` would launch it."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"irl_ops.kernels.triton.{name}"), job.kernel)
+    given = form.launch | {"ENTROPY": job.entropy, "EDGES": job.edges, "MATCHED": job.matched}
+    if not job.entropy:
+        given |= {"entropy": None, "entropy_weight": None}
+    constants = {n: given[n] for n in kernel.arg_names if n in given}
+    options = {n: x for n, x in form.launch.items() if n not in constants}
+    types = {n: "constexpr" if n in constants else type_of(n, job) for n in kernel.arg_names}
+    aligned = [
+        n
+        for n in kernel.arg_names
+        if types[n].startswith("*") and not (job.edges and n in ("logits", "dlogits"))
+    ]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    target = GPUTarget(*TARGETS[job.target])
+    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+
+
+def type_of(name: str, job: Job) -> str:
+    """The type of an argument in Triton's words."""
+    if name in ("logits", "dlogits"):
+        return f"*{job.dtype}"
+    if name in ("rows", "n_cols", "inner") or name.endswith(("_outer", "_inner")):
+        return "i32"
+    return "*i64" if name == "labels" else "*fp32"
+
+
+def as_text(form: Any) -> str:
+    """The columns that a program holds at once, its warps, and the blocks of a cluster."""
+    if isinstance(form, dispatch.Resident):
+        columns = f"{form.first}+{form.second}" if form.second else f"{form.first}"
+        return f"{columns} w{form.num_warps}" + f" x{form.num_ctas}" * (form.num_ctas > 1)
+    columns = f"{form.r}x{form.lanes}" if isinstance(form, dispatch.Tiles) else f"{form.columns}"
+    return f"{columns} w{form.num_warps}"
+
+
+def as_table(results: Sequence[Result], title: str) -> Table:
+    """What the command prints."""
+    table = Table(title=title)
+    for heading in (
+        "kernel", "target", "dtype", "V", "entropy", "edges", "form", "registers", "spilled",
+        "shared", "loads 128+", "stores 128+", "exp/element", "blocks", "",
+    ):  # fmt: skip
+        table.add_column(heading)
+    for result in results:
+        job, code = result.job, result.code
+        name = job.kernel + (f", {result.kernel}" if job.kernel == "row_stats_grad" else "")
+        table.add_row(
+            name if job.matched else f"{name}, unmatched",
+            job.target,
+            job.dtype,
+            str(job.vocab),
+            "yes" if job.entropy else "",
+            "yes" if job.edges else "",
+            result.form,
+            str(code.registers),
+            str(code.spilled_bytes),
+            str(code.shared_bytes),
+            f"{code.wide_loads}+{code.narrow_loads}",
+            f"{code.wide_stores}+{code.narrow_stores}",
+            f"{result.promise.an_element:.4g}",
+            str(result.blocks),
+            "[red]" + "; ".join(result.problems) if result.problems else "[green]ok",
+        )
+    return table
+
+
+def save(results: Sequence[Result], version: str) -> None:
+    """Beside the results of other versions of Triton, one line a kernel."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    columns = [*Job._fields, "form", *vars(results[0].code), "exp/element", "blocks", "problems"]
+    kept[version] = [columns]
+    for r in results:
+        code = vars(r.code).values()
+        kept[version].append([*r.job, r.form, *code, r.promise.an_element, r.blocks, r.problems])
+    versions = (
+        f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in kept.items()
+    )
+    RESULTS.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def main() -> int:
+    """The exit status: 1 where a kernel misses what it has to meet."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    chosen = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # or there is nothing to compile
+    import triton
+
+    with ProcessPoolExecutor(chosen.processes) as pool:
+        results = list(pool.map(run, jobs(chosen.targets, chosen.dtypes)))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(as_table(results, f"Compiled by Triton {triton.__version__}, not run"))
+    if chosen.save:
+        save(results, triton.__version__)
+    missed = sum(bool(result.problems) for result in results)
+    console.print(f"{len(results)} kernels, {missed} that miss what they have to meet")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
