@@ -18,7 +18,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from irl_ops.kernels import reference
-from irl_ops.kernels.pallas.generations import GENERATIONS, SMALLEST, Generation, generation
+from irl_ops.kernels.pallas.generations import (
+    GENERATIONS,
+    SMALLEST,
+    Generation,
+    generation,
+    in_whole_tiles,
+)
 
 INTERPRETED_AS = GENERATIONS[-1]
 
@@ -49,13 +55,14 @@ def row_grad(
 ) -> jax.Array:
     """``p_j (A + B log p_j) + C 1{j = label}``: by XLA where it fuses that into its readers.
 
-    XLA computes an elementwise gradient inside the two matmuls that read it, if the logits come from
-    a matmul, and then the gradient never lies in memory. By the compiler's own count that moves
+    Where the logits come from a matmul, XLA computes an elementwise gradient inside the two matmuls
+    that read it, and the gradient never lies in memory. By the compiler's own count that moves
     fewer bytes than a kernel on v4 to v6e, and more on v7x.
     """
     vectors = (labels, row_max, logsum, a, b, c)
     (dlogits,) = _row_grad.bind(_widened(logits), *vectors)
-    return dlogits.astype(logits.dtype)
+    narrowed: jax.Array = dlogits.astype(logits.dtype)
+    return narrowed
 
 
 def row_stats_grad(
@@ -63,9 +70,26 @@ def row_stats_grad(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """``(row_max, logsum, entropy, dlogits)`` in one read and one write."""
     weights = () if entropy_weight is None else (entropy_weight,)
-    *stats, dlogits = _row_stats_grad.bind(_widened(logits), alpha, beta, *weights)
-    h = stats[2] if weights else None
-    return stats[0], stats[1], h, dlogits.astype(logits.dtype)
+    row_max, logsum, *h, dlogits = _row_stats_grad.bind(_widened(logits), alpha, beta, *weights)
+    return row_max, logsum, h[0] if h else None, dlogits.astype(logits.dtype)
+
+
+def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """``q[label]``: one tile a row is read, where the logits consist of whole tiles."""
+    if not in_whole_tiles(logits.shape):
+        picked: jax.Array = reference.label_logit(logits, labels)
+        return picked
+    (picked,) = _label_logit.bind(_widened(logits), labels)
+    return picked
+
+
+def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
+    """The gradient with the elements at the labels replaced, in its own storage, likewise."""
+    if not in_whole_tiles(dlogits.shape) or dlogits.dtype == jnp.float16:
+        replaced: jax.Array = reference.set_label(dlogits, labels, elements)
+        return replaced
+    (replaced,) = _set_label.bind(dlogits, labels, elements)
+    return replaced
 
 
 def _widened(logits: jax.Array) -> jax.Array:
@@ -77,20 +101,22 @@ def _widened(logits: jax.Array) -> jax.Array:
 
 
 def _operation(
-    name: str, plain: Callable[..., Any], kernel: Callable[[Generation, Any], Callable[..., Any]]
-) -> Primitive:
-    operation = Primitive(f"irl_{name}")
+    plain: Callable[..., Any], kernel_for: Callable[[Generation, bool], Callable[..., Any]]
+) -> Any:
+    operation: Any = Primitive(f"irl_{plain.__name__}")
     operation.multiple_results = True
 
     def types(*given: Any, **static: Any) -> list[Any]:
-        return jax.make_jaxpr(functools.partial(plain, **static))(*given).out_avals
+        out: list[Any] = jax.make_jaxpr(functools.partial(plain, **static))(*given).out_avals
+        return out
 
     def eager(*given: Any, **static: Any) -> list[jax.Array]:
-        return jax.jit(functools.partial(operation.bind, **static))(*given)
+        out: list[jax.Array] = jax.jit(functools.partial(operation.bind, **static))(*given)
+        return out
 
     def lower(interpret: bool, ctx: Any, *given: Any, **static: Any) -> Any:
         of = INTERPRETED_AS if interpret else _target(ctx)
-        run = functools.partial(kernel(of, interpret), **static)
+        run = _listed(functools.partial(kernel_for(of, interpret), **static))
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
     operation.def_abstract_eval(types)
@@ -109,38 +135,50 @@ def _target(ctx: Any) -> Generation:
 
 
 def _listed(kernel: Callable[..., Any]) -> Callable[..., list[Any]]:
-    def run(*given: Any, **static: Any) -> list[Any]:
-        out = kernel(*given, **static)
+    def run(*given: Any) -> list[Any]:
+        out = kernel(*given)
         return [x for x in (out if isinstance(out, tuple) else (out,)) if x is not None]
 
     return run
 
 
-def _stats_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+# The kernels need Pallas, which is imported when one of them is lowered.
+
+
+def _row_stats_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
     from irl_ops.kernels.pallas.row_stats import row_stats
 
-    return _listed(functools.partial(row_stats, of=of, interpret=interpret))
+    return functools.partial(row_stats, of=of, interpret=interpret)
 
 
-def _grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _row_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
     from irl_ops.kernels.pallas.row_grad import row_grad
 
     if of.gradient_in_xla:
-        return _listed(reference.row_grad)
-    return _listed(functools.partial(row_grad, of=of, interpret=interpret))
+        return reference.row_grad
+    return functools.partial(row_grad, of=of, interpret=interpret)
 
 
-def _stats_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _row_stats_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
     from irl_ops.kernels.pallas.row_stats_grad import row_stats_grad
 
-    def run(logits: Any, alpha: Any, beta: Any, entropy_weight: Any = None) -> Any:
-        return row_stats_grad(logits, alpha, beta, entropy_weight, of, interpret)
-
-    return _listed(run)
+    return functools.partial(row_stats_grad, of=of, interpret=interpret)
 
 
-_row_stats = _operation("row_stats", _listed(reference.row_stats), _stats_kernel)
-_row_grad = _operation("row_grad", _listed(reference.row_grad), _grad_kernel)
-_row_stats_grad = _operation(
-    "row_stats_grad", _listed(reference.row_stats_grad), _stats_grad_kernel
-)
+def _label_logit_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+    from irl_ops.kernels.pallas.labels import label_logit
+
+    return functools.partial(label_logit, interpret=interpret)
+
+
+def _set_label_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+    from irl_ops.kernels.pallas.labels import set_label
+
+    return functools.partial(set_label, interpret=interpret)
+
+
+_row_stats = _operation(reference.row_stats, _row_stats_kernel)
+_row_grad = _operation(reference.row_grad, _row_grad_kernel)
+_row_stats_grad = _operation(reference.row_stats_grad, _row_stats_grad_kernel)
+_label_logit = _operation(reference.label_logit, _label_logit_kernel)
+_set_label = _operation(reference.set_label, _set_label_kernel)

@@ -6,6 +6,7 @@ memory; nothing was tuned by timing.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 MIB = 2**20
@@ -57,3 +58,9 @@ def resident_rows(dtype: Any, vocab: int, of: Generation) -> int:
         return 0
     groups: int = max(1, min(MIB // group_bytes, 128 // group))
     return group * groups
+
+
+def in_whole_tiles(shape: tuple[int, ...]) -> bool:
+    """Whether logits of this shape suit ``labels.py``: tiles are full, labels fit in SMEM."""
+    *_, rows, vocab = (1, *shape)
+    return rows % 16 == 0 and vocab % 128 == 0 and 0 < math.prod(shape[:-1]) <= 2**16

@@ -35,6 +35,7 @@ def row_grad(
     a: jax.Array,
     b: jax.Array,
     c: jax.Array,
+    *,
     of: Generation,
     interpret: Any = False,
 ) -> jax.Array:

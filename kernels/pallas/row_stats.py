@@ -29,7 +29,8 @@ from irl_ops.kernels.pallas.tiles import (
 def row_stats(
     logits: jax.Array,
     labels: jax.Array,
-    entropy: bool,
+    entropy: bool = False,
+    *,
     of: Generation,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:

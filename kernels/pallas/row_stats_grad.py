@@ -34,7 +34,8 @@ def row_stats_grad(
     logits: jax.Array,
     alpha: jax.Array,
     beta: jax.Array,
-    entropy_weight: jax.Array | None,
+    entropy_weight: jax.Array | None = None,
+    *,
     of: Generation,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
@@ -119,9 +120,10 @@ def _in_two(
 ) -> tuple[Normaliser, jax.Array]:
     alpha, beta, *weight = weights
     none = jnp.full(alpha.shape, -1, jnp.int32)
-    row_max, logsum, _, h = row_stats(logits, none, bool(weight), of, interpret)
+    row_max, logsum, _, h = row_stats(logits, none, bool(weight), of=of, interpret=interpret)
     stats = Normaliser(row_max, logsum, h)
     b = weight[0] if weight else jnp.zeros_like(alpha)
     a = softmax.coefficient(alpha, beta, b, stats)
-    dlogits = row_grad(logits, none, row_max, logsum, a, b, jnp.zeros_like(a), of, interpret)
+    zero = jnp.zeros_like(a)
+    dlogits = row_grad(logits, none, row_max, logsum, a, b, zero, of=of, interpret=interpret)
     return stats, dlogits
