@@ -36,7 +36,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """The interpreter takes milliseconds for a row: of random batches it gets one in ten."""
     test = getattr(item, "obj", None)
     usual = getattr(test, "_hypothesis_internal_use_settings", None)
-    if usual is None or item.callspec.params.get("backend") != "triton":
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if usual is None or params.get("backend") != "triton":
         return (yield)
     test._hypothesis_internal_use_settings = settings(usual, max_examples=usual.max_examples // 10)
     try:
