@@ -136,7 +136,6 @@ def logits_of(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 4.0)
         ((2, 16), 300, "v4"),
         ((5,), 50257, "v5e"),
         ((5,), 151936, "v4"),  # whole rows do not fit
-        ((1,), 151936, "v7x"),
     ],
 )
 def test_kernels_match_float64(lead, vocab, name, dtype):
@@ -145,15 +144,14 @@ def test_kernels_match_float64(lead, vocab, name, dtype):
 
 @settings(max_examples=12)
 @given(
-    rows=st.sampled_from([1, 17, 32]),
-    vocab=st.sampled_from([128, 129, 700]),
+    shape=st.sampled_from([(1, 700), (17, 129), (2, 16, 256)]),  # each is a compilation
     dtype=st.sampled_from(DTYPES),
     scale=st.sampled_from([0.0, 1.0, 60.0]),
     offset=st.sampled_from([0.0, -300.0, 1e4]),
     seed=st.integers(0, 2**31),
 )
-def test_many_blocks_match_float64(rows, vocab, dtype, scale, offset, seed):
-    q = logits_of(seed, (rows, vocab), "float32", scale) + offset
+def test_many_blocks_match_float64(shape, dtype, scale, offset, seed):
+    q = logits_of(seed, shape, "float32", scale) + offset
     check(q.astype(dtype), TINY, seed)
 
 
