@@ -152,10 +152,10 @@ def _row_stats_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
 
 
 def _row_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
-    from irl_ops.kernels.pallas.row_grad import row_grad
+    from irl_ops.kernels.pallas.row_grad import row_grad, row_grad_in_xla
 
     if of.gradient_in_xla:
-        return reference.row_grad
+        return row_grad_in_xla
     return functools.partial(row_grad, of=of, interpret=interpret)
 
 

@@ -69,13 +69,33 @@ def row_grad(
     return dlogits
 
 
+def row_grad_in_xla(
+    logits: jax.Array,
+    labels: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+) -> jax.Array:
+    """The same without a kernel, for XLA to compute inside whatever reads the gradient.
+
+    As few operations as there can be: one selection more (q = -inf), and XLA on v5e computes it
+    once for every matmul that reads it, and stores it as well.
+    """
+    row = softmax.Rows.of(*(x[..., None] for x in (row_max, logsum, a, b)))
+    g = softmax.gradient(logits.astype(jnp.float32), row)
+    at_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
+    return jnp.where(at_label, g + c[..., None], g).astype(logits.dtype)
+
+
 def _kernel(blocks: Blocks, labels: Any, given: Any, x: Any, out: Any) -> None:
     """One block; what lies behind the last column and the last row is computed and not stored."""
     first = pl.program_id(2) * blocks.block[1]
 
     def group(rows: Any) -> None:
         row_max, logsum, a, b, c = (given[rows, k : k + 1] for k in range(5))
-        row = softmax.Rows.of(row_max, logsum, a, b)
+        row = softmax.Rows.of(row_max, logsum, a, b).over(LANES)
         place = labels[rows, :] - first - lanes_of(row.a)
         c = jnp.broadcast_to(c, row.a.shape)
 

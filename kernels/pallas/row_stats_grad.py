@@ -102,7 +102,8 @@ def _kernel(blocks: Blocks, given: Any, x: Any, stats: Any, out: Any) -> None:
             stats[rows, k : k + 1] = value
         alpha, beta, *weight = (given[rows, k : k + 1] for k in range(given.shape[-1]))
         b = weight[0] if weight else None
-        row = softmax.Rows.of(of.row_max, of.logsum, softmax.coefficient(alpha, beta, b, of), b)
+        a = softmax.coefficient(alpha, beta, b, of)
+        row = softmax.Rows.of(of.row_max, of.logsum, a, b).over(LANES)
 
         def write(start: Any, width: int, _: None) -> None:
             target = chunk_of(out, rows, start, width)

@@ -70,7 +70,7 @@ def origin_of(top: jax.Array) -> jax.Array:
 
 
 class Rows(NamedTuple):
-    """What the gradient of a group of rows needs; ``[group, 128]`` each."""
+    """What the gradient of rows needs; ``[..., 1]`` each, or as wide as what it meets."""
 
     origin: jax.Array
     logsum: jax.Array
@@ -80,15 +80,18 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(row_max: jax.Array, logsum: jax.Array, a: jax.Array, b: jax.Array | None) -> Rows:
-        """From ``[group, 1]``. Without mass, -inf - logsum has to stay -inf."""
+        """Without mass, q - origin - logsum has to stay -inf."""
         live = a != 0.0 if b is None else (a != 0.0) | (b != 0.0)
-        logsum = jnp.where(logsum == -INF, 0.0, logsum)
+        return Rows(origin_of(row_max), jnp.where(logsum == -INF, 0.0, logsum), a, b, live)
+
+    def over(self, lanes: int) -> Rows:
+        """Spread once, and not for every tile."""
+        shape = (self.a.shape[0], lanes)
+        origin, logsum, a, live = (
+            jnp.broadcast_to(x, shape) for x in (self.origin, self.logsum, self.a, self.live)
+        )
         return Rows(
-            _spread(origin_of(row_max)),
-            _spread(logsum),
-            _spread(a),
-            None if b is None else _spread(b),
-            _spread(live),
+            origin, logsum, a, None if self.b is None else jnp.broadcast_to(self.b, shape), live
         )
 
 
@@ -125,7 +128,3 @@ def _largest(tiles: list[jax.Array]) -> jax.Array:
         pairs = [jnp.maximum(x, y) for x, y in zip(tiles[::2], tiles[1::2], strict=False)]
         tiles = pairs + tiles[2 * len(pairs) :]
     return tiles[0]
-
-
-def _spread(x: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(x, (x.shape[0], 128))
