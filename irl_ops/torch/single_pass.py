@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import native_loss, ops
+from irl_ops.torch import native_loss, ops, triton_loss
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.call import Call, Outcome
 
-WHOLE = {"native": native_loss.loss_and_grad}  # backends that do a whole call at once
+WHOLE = {  # backends that do a whole call at once
+    "triton": triton_loss.loss_and_grad,
+    "native": native_loss.loss_and_grad,
+}
 
 
 def loss_and_metrics(
