@@ -111,7 +111,7 @@ RESIDENT_ENTROPY: dict[str, tuple[Fits, ...]] = {
 }
 # The rest of the row has to wait in the L2 cache, so that as few rows as possible should be under
 # way at once: one block, of all the threads that a multiprocessor accepts in one.
-TWO_PASS = {NVIDIA: Tiles(2, 8192, 32), AMD: Tiles(2, 8192, 16), OTHER: Tiles(2, 2048, 16)}
+TWO_PASS = {NVIDIA: Tiles(2, 8192, 32), AMD: Tiles(2, 8192, 16), OTHER: Tiles(2, 4096, 16)}
 # Lanes are 8 elements for each thread, so that no thread waits for another inside the loop.
 SHORT = 4096
 STATS_SHORT = {NVIDIA: Tiles(2, 1024, 4, 4), AMD: Tiles(2, 1024, 2, 4), OTHER: Tiles(2, 1024, 4)}
@@ -140,7 +140,8 @@ def row_stats_grad(vocab: int, itemsize: int, entropy: bool, of: str) -> Residen
     """The first resident form that holds the row, else two passes."""
     for fits in (RESIDENT_ENTROPY if entropy else RESIDENT)[of]:
         if vocab <= fits.columns and itemsize <= fits.itemsize:
-            return Resident(*cut(vocab), fits.num_warps, fits.num_ctas, fits.blocks)
+            threads = fits.num_warps * fits.num_ctas * (64 if of == AMD else 32)
+            return Resident(*cut(vocab, 8 * threads), fits.num_warps, fits.num_ctas, fits.blocks)
     return TWO_PASS[_plain(of)]
 
 
@@ -154,15 +155,16 @@ def row_grad(of: str) -> Block:
     return ROW_GRAD[_plain(of)]
 
 
-def cut(vocab: int) -> tuple[int, int]:
+def cut(vocab: int, least: int) -> tuple[int, int]:
     """The row in powers of two: one, or one with a half or a quarter of it behind.
 
-    151936 columns take 131072 + 32768 lanes, where one power of two would take 262144.
+    151936 columns take 131072 + 32768 lanes, where one power of two would take 262144. A second
+    part has at least ``least`` lanes, which is what gives every thread a 16-byte group.
     """
     whole = 1 << max(4, (vocab - 1).bit_length())
     half = whole // 2
     for second in (half // 4, half // 2):
-        if vocab <= half + second and half >= 4096:
+        if vocab <= half + second and second >= least:
             return half, second
     return whole, 0
 

@@ -1,0 +1,121 @@
+"""Which form of the Triton kernels serves what, and which tensors the backend serves."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import irl_ops.torch as irl
+from irl_ops.kernels.triton import dispatch
+from irl_ops.torch import backends, triton
+
+FAMILIES = (dispatch.NVIDIA, dispatch.NVIDIA_CLUSTERS, dispatch.AMD, dispatch.OTHER)
+VOCABS = [1, 2, 16, 17, 1000, 4096, 4097, 6000, 32000, 32768, 32769, 49152, 50257, 65536, 65537]
+VOCABS += [100352, 128256, 131073, 151936, 163841, 200064, 256000, 262144, 262145, 1_000_000]
+
+
+def test_rows_are_cut_into_powers_of_two_that_hold_them() -> None:
+    for vocab in VOCABS:
+        for least in (512, 4096, 32768):
+            first, second = dispatch.cut(vocab, least)
+            assert first & (first - 1) == 0 and second in (0, first // 4, first // 2)
+            assert vocab <= first + second and 16 <= first < 2 * max(vocab, 16)
+            assert second == 0 or second >= least
+
+
+def test_a_row_leaves_few_lanes_idle() -> None:
+    assert dispatch.cut(151936, 32768) == (131072, 32768)
+    assert dispatch.cut(151936, 65536) == (131072, 65536)
+    assert dispatch.cut(49152, 4096) == (32768, 16384)
+    assert dispatch.cut(131072, 32768) == (131072, 0)
+
+
+@pytest.mark.parametrize("of", FAMILIES)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_row_has_a_form(itemsize: int, entropy: bool, of: str) -> None:
+    for vocab in VOCABS:
+        form = dispatch.row_stats_grad(vocab, itemsize, entropy, of)
+        threads = form.num_warps * (64 if of == dispatch.AMD else 32)
+        assert threads <= 1024
+        if isinstance(form, dispatch.Resident):
+            columns = form.first + form.second
+            assert vocab <= columns
+            assert columns <= 64 * threads * form.num_ctas  # in registers, and one exp of each
+            assert form.num_ctas == 1 or of == dispatch.NVIDIA_CLUSTERS
+            for part in filter(None, (form.first, form.second)):  # a group for every thread
+                assert part >= min(vocab, 8 * threads * form.num_ctas)
+        else:
+            assert form.lanes >= 8 * threads
+
+
+@pytest.mark.parametrize("of", FAMILIES)
+def test_tiles_give_every_thread_a_group(of: str) -> None:
+    for vocab in VOCABS:
+        tiles = dispatch.row_stats(vocab, of)
+        assert tiles.lanes >= 8 * tiles.num_warps * (64 if of == dispatch.AMD else 32)
+    block = dispatch.row_grad(of)
+    assert block.columns >= 8 * block.num_warps * (64 if of == dispatch.AMD else 32)
+    assert block.programs(1) == 1 and block.programs(block.columns + 1) == 2
+
+
+@pytest.mark.parametrize("of", FAMILIES)
+@pytest.mark.parametrize("table", [dispatch.RESIDENT, dispatch.RESIDENT_ENTROPY])
+def test_tables_are_in_order(table: dict[str, tuple[dispatch.Fits, ...]], of: str) -> None:
+    limits = [fits.columns for fits in table[of]]
+    assert limits == sorted(set(limits))
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "version", "of"),
+    [
+        ("cuda", 80, "3.9.0", dispatch.NVIDIA),
+        ("cuda", 89, "3.9.0", dispatch.NVIDIA),
+        ("cuda", 90, "3.7.1", dispatch.NVIDIA),
+        ("cuda", 90, "3.8.0", dispatch.NVIDIA_CLUSTERS),
+        ("cuda", 90, "3.10.0+git1234", dispatch.NVIDIA_CLUSTERS),
+        ("cuda", 100, "4.0.0", dispatch.NVIDIA_CLUSTERS),
+        ("cuda", 120, "3.9.0", dispatch.NVIDIA),
+        ("hip", "gfx942", "3.9.0+rocm7", dispatch.AMD),
+        ("xpu", 13, "3.9.0", dispatch.OTHER),
+    ],
+)
+def test_families(backend: str, arch: int | str, version: str, of: str) -> None:
+    assert dispatch.family(backend, arch, version) == of
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no release for this platform"
+)
+def test_the_interpreter_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("IRL_OPS_BACKEND", raising=False)
+    assert irl.available_backends()[0] == "triton"
+    assert backends.choose("auto", cpu) == "native"
+    assert backends.choose("triton", cpu) == "triton"
+    monkeypatch.setenv("IRL_OPS_BACKEND", "triton")
+    assert backends.choose("auto", cpu) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "triton" not in irl.available_backends() or torch.accelerator.is_available()
+    with pytest.raises(ValueError, match=r"'triton' cannot serve logits on cpu: .*INTERPRET=1"):
+        backends.choose("triton", cpu)
+    with pytest.raises(ValueError, match=r"'triton' cannot serve logits on meta: .* cuda and xpu"):
+        backends.choose("triton", torch.device("meta"))
+    assert triton.unavailable(torch.device("xpu")) is None
+
+
+def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for device in ("cuda", "cpu"):
+        assert "pip install irl-ops[triton]" in str(triton.unavailable(torch.device(device)))
+
+
+def test_triton_is_not_imported_before_it_is_needed() -> None:
+    code = "import sys, irl_ops.torch as t; t.available_backends(); print('triton' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "False"
