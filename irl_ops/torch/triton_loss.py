@@ -105,7 +105,8 @@ def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome | None
 def _launcher(device: torch.device, programs: int) -> Any:
     def launch(name: str, *arguments: Any, **constants: Any) -> None:
         with triton._current(device):
-            triton._kernel("transitions", name)[(programs,)](*arguments, **constants)
+            kernel = triton._kernel("transitions", name)
+            kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
     return launch
 
@@ -139,8 +140,9 @@ def _number(x: Any, device: torch.device) -> Any:
     return x.item() if x.device.type == "cpu" != device.type else x
 
 
-def _loaded(*numbers: Any) -> tuple[bool, ...]:
-    return tuple(isinstance(x, Tensor) for x in numbers)
+def _loaded(*numbers: Any) -> int:
+    """One bit for each number that is to be loaded from the device."""
+    return sum(isinstance(x, Tensor) << bit for bit, x in enumerate(numbers))
 
 
 def _spread(flags: Tensor | None, n: int) -> int:

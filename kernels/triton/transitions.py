@@ -108,19 +108,19 @@ def coefficients(
     mle, td, alpha, beta, entropy_weight,
     TD: tl.constexpr, EXPERT: tl.constexpr, MEAN: tl.constexpr, ITEMS: tl.constexpr,
     VALUES: tl.constexpr, NEXT_VALUES: tl.constexpr, DETACH: tl.constexpr, ENTROPY: tl.constexpr,
-    LOADED: tl.constexpr,  # which of the six numbers are pointers
+    LOADED: tl.constexpr,  # bits: which of the six numbers are pointers
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """m and d of every row, and the affine coefficients of its gradient; UNREAD as alpha = -inf."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    lam, gamma = _number(lam, LOADED[0]), _number(gamma, LOADED[1])
-    alpha_mix, entropy_coef = _number(alpha_mix, LOADED[2]), _number(entropy_coef, LOADED[3])
+    lam, gamma = _number(lam, LOADED & 1), _number(gamma, LOADED & 2)
+    alpha_mix, entropy_coef = _number(alpha_mix, LOADED & 4), _number(entropy_coef, LOADED & 8)
     expert_total, agent_total = 1.0, 1.0
     if MEAN:
         if ITEMS:
-            expert_total = _number(expert_items, LOADED[4])
-            agent_total = _number(agent_items, LOADED[5])
+            expert_total = _number(expert_items, LOADED & 16)
+            agent_total = _number(agent_items, LOADED & 32)
         else:
             expert_total = _sum(partial, blocks)
             if EXPERT:
@@ -196,8 +196,10 @@ def _next_value(i, inside, kind, values, next_values, n, NEXT_VALUES: tl.constex
 @triton.jit
 def _number(x, LOADED: tl.constexpr):
     if LOADED:
-        return tl.load(x).to(tl.float32)
-    return x
+        number = tl.load(x).to(tl.float32)
+    else:
+        number = x
+    return number
 
 
 @triton.jit
@@ -219,13 +221,13 @@ def residuals(
     values, next_values, gamma, entropy_coef, n, length,
     elements, dvalues, dnext_values, partial,
     TD: tl.constexpr, VALUES: tl.constexpr, NEXT_VALUES: tl.constexpr, DETACH: tl.constexpr,
-    ENTROPY: tl.constexpr, LOADED: tl.constexpr,  # whether gamma, entropy_coef are pointers
+    ENTROPY: tl.constexpr, LOADED: tl.constexpr,  # bits: gamma, entropy_coef
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The labels' gradient elements, the gradients of values, and sums of losses and metrics."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    gamma, entropy_coef = _number(gamma, LOADED[0]), _number(entropy_coef, LOADED[1])
+    gamma, entropy_coef = _number(gamma, LOADED & 1), _number(entropy_coef, LOADED & 2)
     kind = tl.load(kinds + i, inside, 0)
     labelled = kind != IGNORED
     m = tl.load(mle + i, inside, 0.0)
