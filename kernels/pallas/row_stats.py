@@ -1,6 +1,6 @@
 """row_stats: maximum, log-sum, label logit and, if asked, entropy of every row.
 
-Traffic: one read of the logits. Exponentials: 1 + 1/8 an element, or 1 + 1/16.
+Traffic: one read of the logits. Exponentials: 1 + 1/16 an element (on v4 1 + 1/8).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """row_stats_grad: statistics and gradient while the whole row lies in VMEM.
 
-Traffic: one read and one write of the logits. Exponentials: 2 + 1/8 an element, or 2 + 1/16.
+Traffic: one read and one write of the logits. Exponentials: 2 + 1/16 an element (on v4 2 + 1/8).
 Where the generation's VMEM cannot hold whole rows, row_stats and row_grad serve: two reads.
 """
 

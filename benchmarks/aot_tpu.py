@@ -1,0 +1,248 @@
+"""Compiles the losses for TPUs that are not here, and holds the programs to what they have to meet.
+
+libtpu, the TPU's compiler, runs on a CPU. It says how much memory a program takes beside its inputs
+and outputs, and by its cost model how many bytes it moves. The command fails where
+
+- a program holds no Pallas kernel,
+- a training step takes more memory than its logits, by over 5 % (on v7x, over 55 %),
+- a step moves over 1 % more bytes than the best of the plain jnp forms compiled beside it, or
+- a gradient on its own moves over 5 % more than one read and one write of the logits, or takes
+  memory, where whole rows fit in VMEM and the logits consist of whole tiles.
+
+The bytes of a kernel are those that its blocks have: the compiler does not look inside. None of
+this is a timing, and nothing was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import tpu_schedule
+from rich.console import Console
+from rich.table import Table
+
+from irl_ops.kernels.pallas.generations import GENERATIONS, in_whole_tiles, resident_rows
+
+BY_NAME = {g.name: g for g in GENERATIONS}
+VOCABS = (32000, 50257, 128256, 151936, 262144)
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+FORMS = ("pallas", "selecting", "gathering")
+CLOCKS = {
+    "v4": 1.05,
+    "v5e": 1.5,
+    "v5p": 1.75,
+}  # GHz: peak bf16 over what the matrix units do a cycle
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU machine to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes compile side by side
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "none",
+}
+RESULTS = Path(__file__).parent / "results" / "aot-tpu.json"
+
+
+class Job(NamedTuple):
+    """One shape of logits on one generation."""
+
+    generation: str
+    dtype: str
+    vocab: int
+    forms: tuple[str, ...]
+
+
+class Result(NamedTuple):
+    """Of a job: memory and bytes in multiples of the logits, and what is wrong with them."""
+
+    generation: str
+    dtype: str
+    vocab: int
+    kernels: int
+    temporaries: dict[str, float]  # of a training step, by form
+    bytes: dict[str, float]
+    alone_temporaries: float  # of a gradient on its own
+    alone_bytes: float  # over one read and one write
+    problems: list[str]
+
+
+class Schedule(NamedTuple):
+    """Of a kernel: bundles a register, and the clock at which they take as long as its bytes."""
+
+    generation: str
+    dtype: str
+    kernel: str
+    bundles: float
+    spills: int
+    even_ghz: float
+    verdict: str
+
+
+def run(job: Job) -> Result:
+    """Compiles and judges."""
+    import tpu_programs as programs
+
+    from irl_ops.jax import pallas
+
+    losses = {
+        "pallas": programs.kernel_loss(pallas),
+        "selecting": programs.selecting,
+        "gathering": programs.gathering,
+    }
+    on, dtype = job.generation, DTYPES[job.dtype]
+    steps = {
+        form: programs.compiled(programs.step(losses[form]), on, dtype, job.vocab)
+        for form in job.forms
+    }
+    before = programs.compiled(programs.logits_alone, on, dtype, job.vocab)
+    alone = programs.compiled(programs.gradient_alone, on, dtype, job.vocab)
+    over = (alone.bytes - before.bytes) / 2
+    ours, problems = steps["pallas"], []
+    if not ours.kernels or not alone.kernels:
+        problems.append("no kernel")
+    if ours.temporaries > (1.55 if on == "v7x" else 1.05):
+        problems.append("memory of the step")
+    if ours.bytes > 1.01 * min(s.bytes for form, s in steps.items() if form != "pallas"):
+        problems.append("bytes of the step")
+    if single_pass(job) and over > 1.05:
+        problems.append("bytes of the gradient")
+    if single_pass(job) and alone.temporaries > 0.02:
+        problems.append("memory of the gradient")
+    return Result(
+        on,
+        job.dtype,
+        job.vocab,
+        ours.kernels,
+        {form: round(s.temporaries, 4) for form, s in steps.items()},
+        {form: round(s.bytes, 4) for form, s in steps.items()},
+        round(alone.temporaries, 4),
+        round(over, 4),
+        problems,
+    )
+
+
+def single_pass(job: Job) -> bool:
+    """Whether one read and one write are promised."""
+    import jax.numpy as jnp
+
+    dtype, of = jnp.dtype(DTYPES[job.dtype]), BY_NAME[job.generation]
+    return resident_rows(dtype, job.vocab, of) > 0 and in_whole_tiles((1024, job.vocab))
+
+
+def schedules(on: str, dtype: str) -> list[Schedule]:
+    """Of every kernel, against the time that the memory needs for the same bytes."""
+    of, itemsize = BY_NAME[on], 2 if dtype == "bf16" else 4
+    found = []
+    for kernel, loops in tpu_schedule.bundles(on, DTYPES[dtype], of.registers).items():
+        moved = 8 * 128 * itemsize * tpu_schedule.KERNELS[kernel]  # bytes a register
+        even = loops.bundles / (moved / of.hbm)  # bundles a nanosecond
+        clock = CLOCKS.get(on)
+        verdict = f"waits for memory above {even:.2f} GHz; its clock is not published"
+        if clock is not None:
+            verdict = "waits for memory" if clock > even else f"computes: {even / clock:.2f} x"
+        found.append(
+            Schedule(
+                on, dtype, kernel, round(loops.bundles, 3), loops.spills, round(even, 3), verdict
+            )
+        )
+    return found
+
+
+def steps_table(results: Sequence[Result]) -> Table:
+    title = (
+        "Loss and gradients of hidden @ weight, in multiples of the logits; "
+        "Pallas / jnp selecting / jnp gathering"
+    )
+    table = Table(title=title)
+    for heading in (
+        "TPU", "dtype", "V", "kernels", "memory", "bytes", "alone: memory", "bytes / 1R+1W", "",
+    ):  # fmt: skip
+        table.add_column(heading)
+    for r in results:
+        table.add_row(
+            r.generation,
+            r.dtype,
+            str(r.vocab),
+            str(r.kernels),
+            _beside(r.temporaries),
+            _beside(r.bytes),
+            f"{r.alone_temporaries:.2f}",
+            f"{r.alone_bytes:.2f}",
+            "[red]" + "; ".join(r.problems) if r.problems else "[green]ok",
+        )
+    return table
+
+
+def _beside(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[form]:.2f}" if form in values else "-" for form in FORMS)
+
+
+def schedules_table(found: Sequence[Schedule]) -> Table:
+    table = Table(title="Inner loops: bundles per register of 8 x 128 logits, against HBM")
+    for heading in ("TPU", "dtype", "kernel", "bundles", "spills", "even at GHz", ""):
+        table.add_column(heading)
+    for s in found:
+        cells = (s.generation, s.dtype, s.kernel, f"{s.bundles:.2f}", str(s.spills))
+        table.add_row(*cells, f"{s.even_ghz:.2f}", s.verdict)
+    return table
+
+
+def save(results: Sequence[Result], found: Sequence[Schedule], version: str) -> None:
+    """One line a program, one line a kernel."""
+
+    def lines(rows: Sequence[NamedTuple]) -> str:
+        return "[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]"
+
+    text = (
+        f'{{\n"libtpu": "{version}",\n"programs": {lines(results)},\n"loops": {lines(found)}\n}}\n'
+    )
+    RESULTS.write_text(text)
+
+
+def main() -> int:
+    """The exit status: 1 where a program misses what it has to meet."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--generations", nargs="+", choices=BY_NAME, default=list(BY_NAME))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--vocabs", nargs="+", type=int, default=VOCABS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--no-loops", action="store_true", help="leave the schedules out")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    chosen = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    jobs = [
+        Job(*job, tuple(chosen.forms))
+        for job in itertools.product(chosen.generations, chosen.dtypes, chosen.vocabs)
+    ]
+    pairs = [] if chosen.no_loops else list(itertools.product(chosen.generations, chosen.dtypes))
+    with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
+        loops = [pool.submit(schedules, *pair) for pair in pairs]
+        results = list(pool.map(run, jobs))
+        found = [schedule for future in loops for schedule in future.result()]
+    version = importlib.metadata.version("libtpu")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(
+        f"Compiled by libtpu {version}, not run. Logits [4, 1024, V], hidden [4, 1024, 2048]."
+    )
+    console.print(steps_table(results))
+    if found:
+        console.print(schedules_table(found))
+    if chosen.save:
+        save(results, found, version)
+    missed = sum(bool(result.problems) for result in results)
+    console.print(f"{len(results)} programs, {missed} that miss what they have to meet")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Programs compiled for TPUs that are not here: a training step, and a gradient on its own.
+
+libtpu holds the compilers of all generations, and describes devices without having any.
+``aot_tpu.py`` sets the environment that it needs, before jax is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from irl_ops import algebra
+from irl_ops.jax import pallas
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "v7x": "tpu7x:2x2x1",
+}
+BATCH, LENGTH, WIDTH = 4, 1024, 2048
+LAM, GAMMA = 0.1, 0.99
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a program, in multiples of its logits."""
+
+    temporaries: float
+    bytes: float  # read and written, those of a kernel as its blocks have them
+    kernels: int  # Mosaic kernels in the lowered program
+
+
+def compiled(program: Callable[..., Any], on: str, dtype: str, vocab: int) -> Compiled:
+    """``program(hidden, weight, labels)`` on one device of a generation."""
+    sharding = SingleDeviceSharding(topology(on).devices[0])
+
+    def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    given = like(BATCH, LENGTH, WIDTH), like(WIDTH, vocab), like(BATCH, LENGTH, dtype="int32")
+    lowered = jax.jit(program).lower(*given)
+    executable = lowered.compile()
+    size = BATCH * LENGTH * vocab * jnp.dtype(dtype).itemsize
+    return Compiled(
+        executable.memory_analysis().temp_size_in_bytes / size,
+        executable.cost_analysis()["bytes accessed"] / size,
+        lowered.as_text().count("@tpu_custom_call"),
+    )
+
+
+@functools.cache
+def topology(on: str) -> Any:
+    return topologies.get_topology_desc(TOPOLOGIES[on], platform="tpu")
+
+
+def step(loss: Loss) -> Callable[..., Any]:
+    """Loss and gradients of a last layer, whose logits come from a matmul and go into two."""
+
+    def of_logits(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+        return loss(hidden @ weight, labels)
+
+    return jax.value_and_grad(of_logits, argnums=(0, 1))
+
+
+def logits_alone(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+    """What comes before a gradient on its own."""
+    return hidden @ weight
+
+
+def gradient_alone(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+    """Loss and gradient of the logits in a single pass, for a reader that is not a matmul."""
+    logits = hidden @ weight
+    rows = algebra.rows_of(jnp, labels, logits.shape[-1])
+    out = algebra.single_pass(jnp, pallas, logits, rows, _objective(rows))
+    return out.loss, out.dlogits
+
+
+def kernel_loss(kernels: ModuleType) -> Loss:
+    """IQLearn on a backend's row_stats, differentiated by its row_grad."""
+
+    @jax.custom_vjp
+    def stats(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+        return forward(logits, labels)[0]
+
+    def forward(logits: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        row_max, logsum, label_logit, _ = kernels.row_stats(logits, labels, False)
+        of = algebra.statistics(jnp, labels, row_max, logsum, label_logit, None)
+        return (of.value, of.label_logit, of.logprob), (logits, labels, row_max, logsum)
+
+    def backward(saved: Any, given: Any) -> tuple[jax.Array, None]:
+        value, label_logit, logprob = given
+        logits, labels, row_max, logsum = saved
+        a, b, c = value - logprob, jnp.zeros_like(value), label_logit + logprob
+        return kernels.row_grad(logits, labels, row_max, logsum, a, b, c), None
+
+    stats.defvjp(forward, backward)
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        rows = algebra.rows_of(jnp, labels, logits.shape[-1])
+        return _iqlearn(rows, algebra.Statistics(*stats(logits, rows.labels), None))
+
+    return loss
+
+
+def selecting(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss in plain jnp, the label's logit selected by a comparison with an iota."""
+    q = logits.astype(jnp.float32)
+    at_label = jnp.arange(q.shape[-1], dtype=labels.dtype) == labels[..., None]
+    return _plain(q, labels, jnp.where(at_label, q, 0.0).sum(-1))
+
+
+def gathering(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss in plain jnp as it is usually written."""
+    q = logits.astype(jnp.float32)
+    return _plain(q, labels, jnp.take_along_axis(q, labels[..., None], -1)[..., 0])
+
+
+def _plain(q: jax.Array, labels: jax.Array, label_logit: jax.Array) -> jax.Array:
+    rows = algebra.rows_of(jnp, labels, q.shape[-1])
+    value = jax.nn.logsumexp(q, -1)
+    return _iqlearn(rows, algebra.Statistics(value, label_logit, label_logit - value, None))
+
+
+def _iqlearn(rows: algebra.Rows, stats: algebra.Statistics) -> jax.Array:
+    objective = _objective(rows)
+    reward = algebra.transition(jnp, rows.kind, stats, GAMMA).reward
+    return algebra.row_losses(jnp, objective, stats, reward).sum()
+
+
+def _objective(rows: algebra.Rows) -> algebra.Objective:
+    ones = jnp.ones(rows.labels.shape, jnp.float32)
+    return algebra.iqlearn_objective(jnp, rows.kind, ones, lam=LAM, gamma=GAMMA)
