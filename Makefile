@@ -19,7 +19,7 @@ endif
 export CXX
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench aot-gpu gpu-check bench-gpu lint wheel clean FORCE
+.PHONY: help test demo bench aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -35,6 +35,9 @@ bench: $(READY) ## time the losses beside a copy of the logits and other librari
 
 aot-gpu: $(READY)  ## compile the GPU kernels for GPUs that are not here; registers, spills, widths
 	$(BIN)/python benchmarks/aot_gpu.py --save $(ARGS)
+
+aot-tpu: $(READY)  ## compile the losses for TPUs that are not here; memory, bytes, schedules
+	$(BIN)/python benchmarks/aot_tpu.py --save $(ARGS)
 
 gpu-check: $(READY)  ## on a GPU: the property tests on the device, and what only a GPU can show
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
