@@ -76,7 +76,7 @@ def check_rows(rows: int, vocab: int, dtype: torch.dtype, inplace: bool) -> None
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_every_form_finishes_and_is_right(vocab, dtype, inplace, record_property):
     """Clusters launch and finish under load; in place, no row sees what another has overwritten."""
-    form = dispatch.row_stats_grad(vocab, False, triton._family(DEVICE))
+    form = dispatch.row_stats_grad(vocab, dtype.itemsize, False, triton._family(DEVICE))
     record_property("form", repr(form))
     check_rows(2048, vocab, dtype, inplace)
 

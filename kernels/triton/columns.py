@@ -3,7 +3,8 @@
 A row is ``skip`` single elements up to a 16-byte boundary, ``count`` elements in whole groups, and
 a few that are left. Masks are drawn between groups, so that every access to the middle is 128 bits
 wide, whatever V and the strides are; the ends, under 8 elements each, are accessed one by one.
-Without EDGES there are no ends: V and all strides are multiples of a group.
+Without EDGES there are no ends: V and all strides are multiples of a group. With them the order in
+which a row is summed depends on where it starts, and so may its last bit.
 """
 
 import triton
