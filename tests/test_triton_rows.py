@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import mmap
 from collections.abc import Callable, Iterator
@@ -321,19 +320,21 @@ def test_axes_in_any_order() -> None:
 def test_offsets_beyond_32_bits(form: str) -> None:
     """Rows 2^30 elements apart, in memory that exists where it is touched."""
     stride, vocab, rows = 2**30 + 8, 40, 4
-    memory = mmap.mmap(-1, 2 * rows * stride, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    anchor = ctypes.c_char.from_buffer(memory)
-    space = np.ndarray((rows, vocab), np.float16, memory, 0, (2 * stride, 2))
+    before = 2**32  # bytes that an offset cut to 32 bits would lead into
+    no_reserve = 0x4000  # of Linux; Python has no name for it
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, before + 2 * rows * stride, flags)
+    space = np.ndarray((rows, vocab), np.float16, memory, before, (2 * stride, 2))
     q = np.random.default_rng(0).standard_normal((rows, vocab)).astype(np.float16)
     space[...] = q
     # a tensor of the first row alone: the interpreter copies whole storages
-    first = torch.frombuffer(memory, dtype=torch.float16, count=vocab)
+    first = torch.frombuffer(memory, dtype=torch.float16, count=vocab, offset=before)
     strides = (rows * stride, stride)
     row_max, logsum, picked = (torch.full((rows,), torch.nan) for _ in range(3))
     labels, one = torch.tensor([0, 5, 39, 7]), torch.ones(rows)
-    flags = dict(ENTROPY=False, EDGES=True)
+    shape = dict(ENTROPY=False, EDGES=True)
     backend._kernel("row_stats")[(rows,)](
-        first, labels, vocab, rows, *strides, row_max, logsum, picked, None, R=2, L=32, **flags
+        first, labels, vocab, rows, *strides, row_max, logsum, picked, None, R=2, L=32, **shape
     )
     assert picked.tolist() == [float(q[r, label]) for r, label in enumerate(labels)]
     exact = Exact.of(q.astype(np.float64))
@@ -343,7 +344,7 @@ def test_offsets_beyond_32_bits(form: str) -> None:
     meta = {k: v for k, v in FORMS[form](vocab).launch.items() if not k.startswith("num_")}
     backend._kernel(name, "row_stats_grad")[(rows,)](
         first, one, 0 * one, None, vocab, rows, *strides, *strides, row_max, logsum, None, first,
-        **meta, **flags, MATCHED=True,
+        **meta, **shape, MATCHED=True,
     )  # fmt: skip
     np.testing.assert_allclose(space, exact.p, rtol=2**-10, atol=2**-24)
     backend._kernel("labels", "set_label")[(1,)](
@@ -358,4 +359,3 @@ def test_offsets_beyond_32_bits(form: str) -> None:
         first, BLOCK=64, EDGES=True, MATCHED=True,
     )  # fmt: skip
     assert np.array_equal(space, np.arange(vocab) == labels.numpy()[:, None])
-    del anchor
