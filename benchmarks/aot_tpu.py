@@ -3,11 +3,12 @@
 libtpu, the TPU's compiler, runs on a CPU. It says how much memory a program takes beside its inputs
 and outputs, and by its cost model how many bytes it moves. The command fails where
 
-- a program holds no Pallas kernel,
+- a program holds no Pallas kernel, though V is a multiple of 128,
 - a training step takes more memory than its logits, by over 5 % (on v7x, over 55 %),
-- a step moves over 1 % more bytes than the best of the plain jnp forms compiled beside it, or
-- a gradient on its own moves over 5 % more than one read and one write of the logits, or takes
-  memory, where whole rows fit in VMEM and the logits consist of whole tiles.
+- a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it, or
+- a gradient on its own takes memory, or moves more than one read and one write of the logits and
+  24 KiB a row (the tiles around the labels, and row vectors, padded to 128 lanes), where whole rows
+  fit in VMEM and the logits consist of whole tiles.
 
 The bytes of a kernel are those that its blocks have: the compiler does not look inside. None of
 this is a timing, and nothing was run.
@@ -36,6 +37,7 @@ from irl_ops.kernels.pallas.generations import GENERATIONS, in_whole_tiles, resi
 BY_NAME = {g.name: g for g in GENERATIONS}
 VOCABS = (32000, 50257, 128256, 151936, 262144)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+NARROW = 128  # columns of hidden where the gradient is alone, and the matmul beside the point
 FORMS = ("pallas", "selecting", "gathering")
 CLOCKS = {
     "v4": 1.05,
@@ -103,17 +105,19 @@ def run(job: Job) -> Result:
         form: programs.compiled(programs.step(losses[form]), on, dtype, job.vocab)
         for form in job.forms
     }
-    before = programs.compiled(programs.logits_alone, on, dtype, job.vocab)
-    alone = programs.compiled(programs.gradient_alone, on, dtype, job.vocab)
+    before = programs.compiled(programs.logits_alone, on, dtype, job.vocab, NARROW)
+    alone = programs.compiled(programs.gradient_alone, on, dtype, job.vocab, NARROW)
     over = (alone.bytes - before.bytes) / 2
     ours, problems = steps["pallas"], []
-    if not ours.kernels or not alone.kernels:
+    if job.vocab % 128 == 0 and not (ours.kernels and alone.kernels):
         problems.append("no kernel")
     if ours.temporaries > (1.55 if on == "v7x" else 1.05):
         problems.append("memory of the step")
-    if ours.bytes > 1.01 * min(s.bytes for form, s in steps.items() if form != "pallas"):
+    row = job.vocab * (2 if job.dtype == "bf16" else 4)  # bytes
+    best = min(s.bytes for form, s in steps.items() if form != "pallas")
+    if ours.bytes > 1.01 * best + 4096 / row:
         problems.append("bytes of the step")
-    if single_pass(job) and over > 1.05:
+    if single_pass(job) and over > 1 + 24 * 1024 / (2 * row):
         problems.append("bytes of the gradient")
     if single_pass(job) and alone.temporaries > 0.02:
         problems.append("memory of the gradient")
@@ -221,8 +225,9 @@ def main() -> int:
     chosen = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     jobs = [
-        Job(*job, tuple(chosen.forms))
-        for job in itertools.product(chosen.generations, chosen.dtypes, chosen.vocabs)
+        # gathering costs most in 16 bits, and is compiled there alone
+        Job(on, dtype, vocab, tuple(f for f in chosen.forms if dtype == "bf16" or f != "gathering"))
+        for on, dtype, vocab in itertools.product(chosen.generations, chosen.dtypes, chosen.vocabs)
     ]
     pairs = [] if chosen.no_loops else list(itertools.product(chosen.generations, chosen.dtypes))
     with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:

@@ -39,14 +39,16 @@ class Compiled(NamedTuple):
     kernels: int  # Mosaic kernels in the lowered program
 
 
-def compiled(program: Callable[..., Any], on: str, dtype: str, vocab: int) -> Compiled:
+def compiled(
+    program: Callable[..., Any], on: str, dtype: str, vocab: int, width: int = WIDTH
+) -> Compiled:
     """``program(hidden, weight, labels)`` on one device of a generation."""
     sharding = SingleDeviceSharding(topology(on).devices[0])
 
     def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    given = like(BATCH, LENGTH, WIDTH), like(WIDTH, vocab), like(BATCH, LENGTH, dtype="int32")
+    given = like(BATCH, LENGTH, width), like(width, vocab), like(BATCH, LENGTH, dtype="int32")
     lowered = jax.jit(program).lower(*given)
     executable = lowered.compile()
     size = BATCH * LENGTH * vocab * jnp.dtype(dtype).itemsize

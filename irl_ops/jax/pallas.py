@@ -4,6 +4,9 @@ Which kernel an operation becomes is decided when a program is lowered, by the k
 that it is lowered for: those of the running backend, or of a topology that is compiled for ahead of
 time. A program exported without devices gets what fits every generation. On a CPU the kernels are
 interpreted, as they would be compiled for ``INTERPRETED_AS``.
+
+Where V is no multiple of 128, XLA lays out logits that it computes by columns, and a kernel, which
+wants them by rows, would wait for a copy: XLA's own code serves there.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from irl_ops.kernels.pallas.generations import (
 )
 
 INTERPRETED_AS = GENERATIONS[-1]
+LANES = 128
 
 
 def unavailable(platform: str) -> str | None:
@@ -103,7 +107,7 @@ def _widened(logits: jax.Array) -> jax.Array:
 def _operation(
     plain: Callable[..., Any], kernel_for: Callable[[Generation, bool], Callable[..., Any]]
 ) -> Any:
-    operation: Any = Primitive(f"irl_{plain.__name__}")
+    operation: Any = Primitive("irl_" + plain.__name__.strip("_"))
     operation.multiple_results = True
 
     def types(*given: Any, **static: Any) -> list[Any]:
@@ -116,7 +120,9 @@ def _operation(
 
     def lower(interpret: bool, ctx: Any, *given: Any, **static: Any) -> Any:
         of = INTERPRETED_AS if interpret else _target(ctx)
-        run = _listed(functools.partial(kernel_for(of, interpret), **static))
+        in_xla = not interpret and ctx.avals_in[0].shape[-1] % LANES
+        chosen = plain if in_xla else kernel_for(of, interpret)
+        run = _listed(functools.partial(chosen, **static))
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
     operation.def_abstract_eval(types)
@@ -152,10 +158,10 @@ def _row_stats_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
 
 
 def _row_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
-    from irl_ops.kernels.pallas.row_grad import row_grad, row_grad_in_xla
+    from irl_ops.kernels.pallas.row_grad import row_grad
 
     if of.gradient_in_xla:
-        return row_grad_in_xla
+        return _row_grad_in_xla
     return functools.partial(row_grad, of=of, interpret=interpret)
 
 
@@ -177,8 +183,14 @@ def _set_label_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
     return functools.partial(set_label, interpret=interpret)
 
 
+def _row_grad_in_xla(*given: Any) -> Any:
+    from irl_ops.kernels.pallas.row_grad import row_grad_in_xla
+
+    return row_grad_in_xla(*given)
+
+
 _row_stats = _operation(reference.row_stats, _row_stats_kernel)
-_row_grad = _operation(reference.row_grad, _row_grad_kernel)
+_row_grad = _operation(_row_grad_in_xla, _row_grad_kernel)
 _row_stats_grad = _operation(reference.row_stats_grad, _row_stats_grad_kernel)
 _label_logit = _operation(reference.label_logit, _label_logit_kernel)
 _set_label = _operation(reference.set_label, _set_label_kernel)
