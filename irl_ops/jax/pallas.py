@@ -17,9 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
+from irl_ops.jax.operation import Function, device, operation
 from irl_ops.kernels import reference
 from irl_ops.kernels.pallas.generations import (
     GENERATIONS,
@@ -101,63 +100,26 @@ def _widened(logits: jax.Array) -> jax.Array:
     return logits.astype(jnp.float32) if logits.dtype == jnp.float16 else logits
 
 
-# --- Operations: their types come from the reference, their programs from the tables ---
+# --- The kernels, which need Pallas: imported when one of them is lowered ---
 
 
-def _operation(
-    plain: Callable[..., Any], kernel_for: Callable[[Generation, bool], Callable[..., Any]]
-) -> Any:
-    operation: Any = Primitive("irl_" + plain.__name__.strip("_"))
-    operation.multiple_results = True
+def _operation(plain: Function, kernel: Callable[[Generation, bool], Function]) -> Any:
+    def compiled(ctx: Any) -> Function:
+        if ctx.avals_in[0].shape[-1] % LANES:
+            return plain
+        target = device(ctx, "tpu")
+        return kernel(SMALLEST if target is None else generation(target.device_kind), False)
 
-    def types(*given: Any, **static: Any) -> list[Any]:
-        out: list[Any] = jax.make_jaxpr(functools.partial(plain, **static))(*given).out_avals
-        return out
-
-    def eager(*given: Any, **static: Any) -> list[jax.Array]:
-        out: list[jax.Array] = jax.jit(functools.partial(operation.bind, **static))(*given)
-        return out
-
-    def lower(interpret: bool, ctx: Any, *given: Any, **static: Any) -> Any:
-        of = INTERPRETED_AS if interpret else _target(ctx)
-        in_xla = not interpret and ctx.avals_in[0].shape[-1] % LANES
-        chosen = plain if in_xla else kernel_for(of, interpret)
-        run = _listed(functools.partial(chosen, **static))
-        return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
-
-    operation.def_abstract_eval(types)
-    operation.def_impl(eager)
-    mlir.register_lowering(operation, functools.partial(lower, False), platform="tpu")
-    mlir.register_lowering(operation, functools.partial(lower, True), platform="cpu")
-    return operation
+    return operation(plain, tpu=compiled, cpu=lambda _: kernel(INTERPRETED_AS, True))
 
 
-def _target(ctx: Any) -> Generation:
-    """The generation that a program is lowered for."""
-    backend = ctx.module_context.backend
-    if backend is None or backend.platform != "tpu":
-        return SMALLEST
-    return generation(backend.devices()[0].device_kind)
-
-
-def _listed(kernel: Callable[..., Any]) -> Callable[..., list[Any]]:
-    def run(*given: Any) -> list[Any]:
-        out = kernel(*given)
-        return [x for x in (out if isinstance(out, tuple) else (out,)) if x is not None]
-
-    return run
-
-
-# The kernels need Pallas, which is imported when one of them is lowered.
-
-
-def _row_stats_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _row_stats_kernel(of: Generation, interpret: bool) -> Function:
     from irl_ops.kernels.pallas.row_stats import row_stats
 
     return functools.partial(row_stats, of=of, interpret=interpret)
 
 
-def _row_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _row_grad_kernel(of: Generation, interpret: bool) -> Function:
     from irl_ops.kernels.pallas.row_grad import row_grad
 
     if of.gradient_in_xla:
@@ -165,28 +127,28 @@ def _row_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
     return functools.partial(row_grad, of=of, interpret=interpret)
 
 
-def _row_stats_grad_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _row_grad_in_xla(*given: Any) -> Any:
+    from irl_ops.kernels.pallas.row_grad import row_grad_in_xla
+
+    return row_grad_in_xla(*given)
+
+
+def _row_stats_grad_kernel(of: Generation, interpret: bool) -> Function:
     from irl_ops.kernels.pallas.row_stats_grad import row_stats_grad
 
     return functools.partial(row_stats_grad, of=of, interpret=interpret)
 
 
-def _label_logit_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _label_logit_kernel(of: Generation, interpret: bool) -> Function:
     from irl_ops.kernels.pallas.labels import label_logit
 
     return functools.partial(label_logit, interpret=interpret)
 
 
-def _set_label_kernel(of: Generation, interpret: bool) -> Callable[..., Any]:
+def _set_label_kernel(of: Generation, interpret: bool) -> Function:
     from irl_ops.kernels.pallas.labels import set_label
 
     return functools.partial(set_label, interpret=interpret)
-
-
-def _row_grad_in_xla(*given: Any) -> Any:
-    from irl_ops.kernels.pallas.row_grad import row_grad_in_xla
-
-    return row_grad_in_xla(*given)
 
 
 _row_stats = _operation(reference.row_stats, _row_stats_kernel)

@@ -1,0 +1,214 @@
+"""The Triton row kernels in JAX programs for NVIDIA's GPUs, through jax-triton.
+
+Kernels are compiled when a program is lowered, for the GPUs of the running backend. A program that
+is lowered where there is none is compiled for IRL_OPS_COMPUTE_CAPABILITY, such as 9.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from irl_ops.jax.operation import Function, device, operation
+from irl_ops.kernels import reference
+from irl_ops.kernels.triton import dispatch
+
+WANTED = "jax-triton >= 0.3.1, < 0.4; run pip install irl-ops[jax-triton]"
+
+
+def unavailable(platform: str) -> str | None:
+    """Why this backend cannot serve ``platform``, or None."""
+    if platform not in ("cuda", "gpu"):
+        return "jax-triton compiles the kernels for NVIDIA's GPUs"
+    for name in ("jax_triton", "triton", "absl"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed; it needs {WANTED}"
+    version = importlib.metadata.version("jax-triton")
+    if not (0, 3, 1) <= tuple(int(part) for part in version.split(".")[:3]) < (0, 4):
+        return f"jax-triton is {version}; it needs {WANTED}"
+    if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
+        return "JAX has no CUDA plugin, which jax-triton needs; run pip install jax[cuda12]"
+    return None
+
+
+def row_stats(
+    logits: jax.Array, labels: jax.Array, entropy: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
+    row_max, logsum, picked, *h = _row_stats.bind(logits, labels, entropy=entropy)
+    return row_max, logsum, picked, h[0] if entropy else None
+
+
+def row_grad(
+    logits: jax.Array,
+    labels: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+) -> jax.Array:
+    """``p_j (A + B log p_j) + C 1{j = label}``, in the logits' storage if nobody reads it later."""
+    (dlogits,) = _row_grad.bind(logits, labels, row_max, logsum, a, b, c)
+    gradient: jax.Array = dlogits
+    return gradient
+
+
+def row_stats_grad(
+    logits: jax.Array, alpha: jax.Array, beta: jax.Array, entropy_weight: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """``(row_max, logsum, entropy, dlogits)`` in one read and one write."""
+    weights = () if entropy_weight is None else (entropy_weight,)
+    row_max, logsum, *h, dlogits = _row_stats_grad.bind(logits, alpha, beta, *weights)
+    return row_max, logsum, h[0] if h else None, dlogits
+
+
+def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """``q[label]``, gathered: a GPU reads single elements."""
+    vocab = logits.shape[-1]
+    inside = jnp.clip(labels, 0, vocab - 1)[..., None]
+    picked = jnp.take_along_axis(logits, inside, -1)[..., 0].astype(jnp.float32)
+    return jnp.where(labels < 0, 0.0, jnp.where(labels >= vocab, jnp.nan, picked))
+
+
+def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
+    """The gradient with the elements at the labels replaced, scattered; others are dropped."""
+    vocab = dlogits.shape[-1]
+    rows = dlogits.reshape(-1, vocab)
+    column = jnp.where(labels < 0, vocab, labels).reshape(-1)
+    values = elements.astype(dlogits.dtype).reshape(-1)
+    return rows.at[jnp.arange(len(rows)), column].set(values, mode="drop").reshape(dlogits.shape)
+
+
+# --- What an operation becomes for a compute capability; jax-triton puts results behind inputs ---
+
+
+def _row_stats_on(ctx: Any) -> Function:
+    capability = _capability(ctx)
+
+    def run(q: jax.Array, labels: jax.Array, entropy: bool = False) -> Any:
+        out = [_vector(q)] * (4 if entropy else 3)
+        launch = dict(dispatch.row_stats(q.shape[-1], _family(capability)).launch)
+        if not entropy:
+            launch["entropy"] = None
+        return _call(
+            ("row_stats", "row_stats"), capability, q, [labels, *_sizes(q), *_strides(q)], out,
+            grid=(_rows(q),), ENTROPY=entropy, EDGES=_edges(q), **launch,
+        )  # fmt: skip
+
+    return run
+
+
+def _row_grad_on(ctx: Any) -> Function:
+    capability = _capability(ctx)
+
+    def run(q: jax.Array, *vectors: jax.Array) -> Any:
+        block = dispatch.row_grad(_family(capability))
+        return _call(
+            ("row_grad", "row_grad"), capability, q,
+            [*vectors, *_sizes(q), *_strides(q), *_strides(q)], [_like(q)],
+            grid=(_rows(q), block.programs(q.shape[-1])), aliases={0: 0},
+            EDGES=_edges(q), MATCHED=True, **block.launch,
+        )  # fmt: skip
+
+    return run
+
+
+def _row_stats_grad_on(ctx: Any) -> Function:
+    capability = _capability(ctx)
+
+    def run(q: jax.Array, alpha: jax.Array, beta: jax.Array, *weight: jax.Array) -> Any:
+        entropy = bool(weight)
+        itemsize, of = q.dtype.itemsize, _family(capability)
+        form = dispatch.row_stats_grad(q.shape[-1], itemsize, entropy, of)
+        name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
+        # a vector of its own stands in for the entropy that is not computed: places have to match
+        given = [alpha, beta, *(weight or (alpha,))]
+        row_max, logsum, h, dlogits = _call(
+            (name, "row_stats_grad"), capability, q,
+            [*given, *_sizes(q), *_strides(q), *_strides(q)], [*[_vector(q)] * 3, _like(q)],
+            grid=(_rows(q),), aliases={0: 3},
+            ENTROPY=entropy, EDGES=_edges(q), MATCHED=True, **form.launch,
+        )  # fmt: skip
+        return row_max, logsum, h if entropy else None, dlogits
+
+    return run
+
+
+def _call(
+    name: tuple[str, str],
+    capability: int,
+    q: jax.Array,
+    given: list[Any],
+    out: list[Any],
+    grid: tuple[int, ...],
+    aliases: dict[int, int] | None = None,
+    **launch: Any,
+) -> tuple[jax.Array, ...]:
+    import jax_triton
+
+    module, function = name
+    kernel = getattr(importlib.import_module(f"irl_ops.kernels.triton.{module}"), function)
+    made: tuple[jax.Array, ...] = jax_triton.triton_call(
+        q, *given, kernel=kernel, out_shape=tuple(out), grid=grid, name=f"irl_{function}",
+        compute_capability=capability, input_output_aliases=aliases, **launch,
+    )  # fmt: skip
+    return made
+
+
+def _capability(ctx: Any) -> int:
+    """10 times the compute capability that is lowered for."""
+    target = device(ctx, "gpu") or device(ctx, "cuda")
+    named = os.environ.get("IRL_OPS_COMPUTE_CAPABILITY")
+    if target is not None:
+        named = str(target.compute_capability)
+    if named is None:
+        raise ValueError(
+            "backend 'triton' compiles for the GPU at hand, and there is none: set "
+            "IRL_OPS_COMPUTE_CAPABILITY to that of the GPU to lower for, such as 9.0"
+        )
+    return round(10 * float(named))
+
+
+@functools.cache
+def _family(capability: int) -> str:
+    return dispatch.family("cuda", capability, importlib.metadata.version("triton"))
+
+
+def _rows(q: jax.Array) -> int:
+    return math.prod(q.shape[:-1])
+
+
+def _sizes(q: jax.Array) -> tuple[int, int]:
+    """V, and how many rows share the inner stride: all."""
+    return q.shape[-1], _rows(q)
+
+
+def _strides(q: jax.Array) -> tuple[int, int]:
+    return 0, q.shape[-1]
+
+
+def _edges(q: jax.Array) -> bool:
+    """Whether some row starts or ends off a 16-byte boundary."""
+    return bool(q.shape[-1] * q.dtype.itemsize % 16)
+
+
+def _vector(q: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)  # type: ignore[no-untyped-call]
+
+
+def _like(q: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(q.shape, q.dtype)  # type: ignore[no-untyped-call]
+
+
+_row_stats = operation(reference.row_stats, cuda=_row_stats_on)
+_row_grad = operation(reference.row_grad, cuda=_row_grad_on)
+_row_stats_grad = operation(reference.row_stats_grad, cuda=_row_stats_grad_on)

@@ -1,0 +1,87 @@
+"""The Triton kernels lowered into JAX programs for GPUs that are not here. Nothing runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from irl_ops.jax import triton
+from irl_ops.kernels import reference
+
+# These two work where there is no GPU; the kernels are compiled by what jax-triton brings.
+READY = triton.unavailable("cuda")
+needs_plugin = pytest.mark.skipif(READY is not None, reason=f"needs a CUDA build of JAX: {READY}")
+
+
+PROGRAM = """
+import sys
+import jax
+from irl_ops.jax import triton
+
+logits = jax.ShapeDtypeStruct((2, 8, int(sys.argv[1])), "bfloat16")
+labels = jax.ShapeDtypeStruct((2, 8), "int32")
+row = jax.ShapeDtypeStruct((2, 8), "float32")
+programs = [
+    (triton.row_stats, logits, labels),
+    (lambda q, y: triton.row_stats(q, y, True), logits, labels),
+    (triton.row_grad, logits, labels, *[row] * 5),
+    (triton.row_stats_grad, logits, row, row),
+    (triton.row_stats_grad, logits, row, row, row),
+]
+for program, *given in programs:
+    lowered = jax.jit(program).trace(*given).lower(lowering_platforms=("cuda",))
+    print(lowered.as_text().count("@triton_kernel_call"))
+"""
+
+
+def lowered(vocab: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: in this one, Triton's kernels are interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", PROGRAM, str(vocab)],
+        env=env | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@needs_plugin
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
+@pytest.mark.parametrize("vocab", [50257, 151936])  # with edges, and without
+def test_programs_hold_the_kernels(capability, vocab):
+    done = lowered(vocab, IRL_OPS_COMPUTE_CAPABILITY=capability)
+    assert done.stdout.split() == ["1"] * 5, done.stderr
+
+
+@needs_plugin
+def test_lowering_for_nothing_says_what_to_set():
+    done = lowered(128)
+    assert done.returncode and "set IRL_OPS_COMPUTE_CAPABILITY" in done.stderr
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    assert "NVIDIA" in triton.unavailable("tpu")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "jax_triton" else found(name)
+    )
+    assert "pip install irl-ops[jax-triton]" in triton.unavailable("cuda")
+
+
+def test_labels_are_gathered_and_scattered_as_the_reference_does():
+    q = jax.random.normal(jax.random.key(0), (2, 3, 17))
+    labels = jnp.asarray([[-1, 5, 17], [0, 16, 2**31 - 1]])
+    elements = jnp.arange(6.0).reshape(2, 3)
+    wanted = reference.label_logit(np.asarray(q), np.asarray(labels))
+    np.testing.assert_array_equal(triton.label_logit(q, labels), wanted)
+    wanted = reference.set_label(np.asarray(q), np.asarray(labels), np.asarray(elements))
+    np.testing.assert_array_equal(triton.set_label(q, labels, elements), wanted)
