@@ -90,6 +90,29 @@ def test_beyond_2_to_the_31_elements(inplace):
     check_rows(rows, vocab, torch.bfloat16, inplace)
 
 
+def check_metrics(rows: int, vocab: int) -> None:
+    """The sums over rows, which lie in several blocks, against float64."""
+    logits, labels = batch(rows, vocab, torch.float32)
+    options = dict(gamma=0.9, entropy_coef=0.1)
+    loss, actual = irl.iqlearn_loss(
+        logits.requires_grad_(), labels, return_metrics=True, backend="triton", **options
+    )
+    expected, found = naive.loss(
+        "iqlearn_loss", logits.detach().double().cpu(), labels.cpu(), **options
+    )
+    # a handful of float32 roundings a row, and one for each level of a sum of thousands
+    near = dict(rel=32 * 2.0**-24, abs=32 * 2.0**-24)
+    assert loss.item() == pytest.approx(expected.item(), **near)
+    expected = naive.metrics(found, "iqlearn_loss", True)
+    size = abs(expected["value"])  # of the terms of which a mean reward is the difference
+    near["abs"] *= max(1.0, size)
+    assert {k: x.item() for k, x in actual.items()} == pytest.approx(expected, **near)
+
+
+def test_metrics_are_right():
+    check_metrics(1500, 3000)
+
+
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_the_same_bits_twice(vocab):
     logits, labels = batch(1024, vocab, torch.bfloat16)
@@ -138,7 +161,7 @@ def test_a_step_is_captured_in_a_graph(inplace):
         logits.copy_(q)
         lam.fill_(value)
         graph.replay()
-        expected = step(q.clone(), labels, lam=value)
+        expected = step(q.clone(), labels, lam=lam)
         assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
 
 

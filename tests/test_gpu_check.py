@@ -23,6 +23,11 @@ def test_rows_of_the_interpreter_are_right(dtype, inplace):
 
 
 @without_gpu
+def test_metrics_of_the_interpreter_are_right():
+    on_gpu.check_metrics(300, 20)
+
+
+@without_gpu
 def test_a_wrong_gradient_is_found():
     logits, labels = on_gpu.batch(12, 300, torch.bfloat16)
     _, gradient = on_gpu.step(logits, labels)
