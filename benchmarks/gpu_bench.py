@@ -4,7 +4,8 @@
 
 Each round runs every contestant once, in an order drawn anew, between two events on the device, and
 with the L2 cache flushed before. The figures are medians over rounds, and the ratios medians of the
-ratios within a round. Peers that are not installed, or do not fit in memory, are named as such.
+ratios within a round; "host ms" is what the host takes to launch a run, without waiting. Peers
+that are not installed, or do not fit in memory, are named as such.
 Writes benchmarks/results/bench-gpu-DEVICE.json and a figure beside it.
 """
 
@@ -19,6 +20,7 @@ import random
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +44,7 @@ VOCABS, ROWS, DTYPES = (
     ("bfloat16", "float32"),
 )
 FLUSH = 1 << 29  # bytes written before each run, several times any L2 cache
+HEAD_START = 4  # times that they are written: meanwhile the host gets ahead of the device
 WARM_UP, ROUNDS = 3, 15
 COMPILED_ROWS = 4096  # what is compiled anew for every shape runs with the fewest rows alone
 
@@ -57,6 +60,7 @@ class Shape:
     rows: int
     vocab: int
     ms: dict[str, float] = field(default_factory=dict)
+    host_ms: dict[str, float] = field(default_factory=dict)
     ratio_to_copy: dict[str, float] = field(default_factory=dict)
     peak_mb: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -129,32 +133,47 @@ def run(shape: Shape, device: torch.device, rounds: int) -> Shape:
             contestants.remove(contestant)
         gc.collect()
     times: dict[str, list[float]] = {c.name: [] for c in contestants}
+    hosts: dict[str, list[float]] = {c.name: [] for c in contestants}
     order = random.Random(0)
     for _ in range(rounds):
         for contestant in order.sample(contestants, len(contestants)):
-            times[contestant.name].append(milliseconds(contestant, flush, device))
-    for name, series in times.items():
-        shape.ms[name] = statistics.median(series)
+            try:
+                ms, host_ms = milliseconds(contestant, flush, device)
+            except torch.OutOfMemoryError:  # it fitted beside other neighbours
+                shape.absent[contestant.name] = "out of memory"
+                shape.peak_mb.pop(contestant.name)
+                contestants.remove(contestant)
+            else:
+                times[contestant.name].append(ms)
+                hosts[contestant.name].append(host_ms)
+    for name in (c.name for c in contestants):
+        shape.ms[name] = statistics.median(times[name])
+        shape.host_ms[name] = statistics.median(hosts[name])
         shape.ratio_to_copy[name] = statistics.median(
-            a / b for a, b in zip(series, times[COPY], strict=True)
+            a / b for a, b in zip(times[name], times[COPY], strict=True)
         )
     return shape
 
 
-def milliseconds(contestant: Contestant, flush: Tensor, device: torch.device) -> float:
-    """One run between two events, on a cold L2 cache."""
+def milliseconds(
+    contestant: Contestant, flush: Tensor, device: torch.device
+) -> tuple[float, float]:
+    """One run between two events, on a cold L2 cache; and what the host took to launch it."""
     prepared = contestant.prepare()
     if device.type == "cpu":  # the tests' way in: everything runs, nothing is timed
         contestant.run(prepared)
-        return 1.0
+        return 1.0, 1.0
     begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
-    flush.zero_()  # its time on the device is also a head start for the host
+    for _ in range(HEAD_START):
+        flush.zero_()
     begin.record()
+    start = time.perf_counter()
     kept = contestant.run(prepared)
+    host = time.perf_counter() - start
     end.record()
     end.synchronize()
     del kept, prepared
-    return float(begin.elapsed_time(end))
+    return float(begin.elapsed_time(end)), 1e3 * host
 
 
 def peak(contestant: Contestant, device: torch.device) -> float:
@@ -191,11 +210,19 @@ def enter(shape: Shape, device: torch.device) -> list[Contestant]:
 
     def peer_step(name: str, loss: Loss) -> Contestant:
         """On a copy of the logits: some write their gradient over them."""
-        fresh = lambda: logits.detach().clone().requires_grad_()  # noqa: E731
+
+        def fresh() -> Tensor:
+            leaf.grad = None  # room for the copy
+            return logits.detach().clone().requires_grad_()
+
         return Contestant(name, lambda q: loss(q, labels).backward(), fresh)
 
     def iqlearn(q: Tensor, a: Tensor) -> Tensor:
         return irl.iqlearn_loss(q, a, backend=backend)
+
+    def produced() -> Tensor:
+        leaf.grad = None
+        return Produced.apply(anchor, logits.detach())
 
     def flat(loss: Loss) -> Loss:
         return lambda q, a: loss(q.view(-1, q.shape[-1]), a.view(-1))
@@ -216,7 +243,7 @@ def enter(shape: Shape, device: torch.device) -> list[Contestant]:
         Contestant(
             INPLACE,
             lambda q: irl.iqlearn_loss(q, labels, inplace=True, backend=backend).backward(),
-            lambda: Produced.apply(anchor, logits.detach()),
+            produced,
         ),
         step("IQLearn, naive", naive.iqlearn_loss),
         step("cross_entropy", flat(F.cross_entropy)),
@@ -263,12 +290,13 @@ def table(shape: Shape) -> Table:
         caption="; ".join(f"{name}: {why}" for name, why in shape.absent.items()),
         caption_justify="left",
     )
-    for heading in ("", "ms", "x copy", "x IQLearn", "peak MB"):
+    for heading in ("", "ms", "x copy", "x IQLearn", "host ms", "peak MB"):
         out.add_column(heading, justify="right" if heading else "left")
     for name, ms in sorted(shape.ms.items(), key=lambda item: item[1]):
         to_ours = f"{ms / shape.ms[OURS]:.2f}" if OURS in shape.ms else ""
         to_copy = f"{shape.ratio_to_copy[name]:.2f}"
-        out.add_row(name, f"{ms:.3f}", to_copy, to_ours, f"{shape.peak_mb[name]:.0f}")
+        host, peak_mb = f"{shape.host_ms[name]:.3f}", f"{shape.peak_mb[name]:.0f}"
+        out.add_row(name, f"{ms:.3f}", to_copy, to_ours, host, peak_mb)
     return out
 
 

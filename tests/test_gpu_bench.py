@@ -31,6 +31,22 @@ def test_every_contestant_runs_and_the_rest_say_why(tmp_path, monkeypatch):
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
+def test_a_peer_that_runs_out_of_memory_late_is_left_out(monkeypatch):
+    timed, times = gpu_bench.milliseconds, []
+
+    def milliseconds(contestant, *rest):
+        times.append(contestant.name)
+        if contestant.name == "IQLearn, naive" and times.count(contestant.name) == 2:
+            raise torch.OutOfMemoryError
+        return timed(contestant, *rest)
+
+    monkeypatch.setattr(gpu_bench, "milliseconds", milliseconds)
+    shape = gpu_bench.run(Shape("float32", 3, 33), torch.device("cpu"), 3)
+    assert shape.absent["IQLearn, naive"] == "out of memory"
+    assert "IQLearn, naive" not in shape.ms.keys() | shape.peak_mb.keys()
+    assert gpu_bench.OURS in shape.ms
+
+
 def test_a_missed_target_is_called_missed():
     shape = Shape("bfloat16", 4096, 128256)
     shape.ms = {gpu_bench.COPY: 1.0, gpu_bench.OURS: 1.2, gpu_bench.MLE: 1.2}
