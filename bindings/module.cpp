@@ -1,57 +1,13 @@
 // irl_ops._native: the row kernels behind raw addresses. Neither includes nor links a framework.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <utility>
-#include <vector>
 
-#include "rows.h"
+#include "addresses.h"
 #include "threads.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
-using Axes = std::vector<std::int64_t>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-irl::Dtype parse_dtype(const std::string& name) {
-  if (name == "float32") return irl::Dtype::float32;
-  if (name == "bfloat16") return irl::Dtype::bfloat16;
-  if (name == "float16") return irl::Dtype::float16;
-  throw std::invalid_argument("dtype is '" + name + "', accepted are float32, bfloat16, float16");
-}
-
-irl::Layout parse_layout(const char* name, const Axes& sizes, Axes strides) {
-  if (strides.size() != sizes.size())
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(strides.size()) +
-                                " entries, sizes has " + std::to_string(sizes.size()));
-  for (const std::int64_t size : sizes)
-    if (size < 0)
-      throw std::invalid_argument("sizes holds " + std::to_string(size) + ", accepted are >= 0");
-  return {sizes, std::move(strides)};
-}
-
-std::int64_t parse_threads(std::int64_t threads) {
-  if (threads < 1)
-    throw std::invalid_argument("threads is " + std::to_string(threads) + ", accepted are >= 1");
-  return threads;
-}
-
-irl::Rows parse_rows(const std::string& dtype, const Axes& sizes, Axes strides,
-                     std::int64_t vocab) {
-  if (vocab < 0)
-    throw std::invalid_argument("vocab is " + std::to_string(vocab) + ", accepted are >= 0");
-  return {parse_dtype(dtype), vocab, parse_layout("strides", sizes, std::move(strides))};
-}
 
 void row_stats(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                std::int64_t vocab, Address labels, Address row_max, Address logsum,
@@ -151,6 +107,7 @@ PYBIND11_MODULE(_native, module) {
       "use_openmp",
       [](Address parallel) { irl::use_openmp(reinterpret_cast<irl::GompParallel>(parallel)); },
       arg("parallel"));
+  define_calls(module);
   module.def("isa", [] { return irl::find_isa("").name; });
   module.def("isas", &isas);
 }

@@ -78,6 +78,54 @@ def scale(
     threads: int,
     isa: str = "",
 ) -> None: ...
+
+class Call:
+    """The fields of a loss call: numbers as they are, arrays by address, 0 for absent ones."""
+
+    length: int
+    labels: int
+    ignore_index: int
+    where: int
+    shift: bool
+    segment_ids: int
+    position_ids: int
+    cu_seqlens: Sequence[int]
+    eos_token_ids: Sequence[int]
+    boundary: str
+    token_weights: int
+    td: bool
+    lam: float
+    gamma: float
+    alpha: float
+    entropy_coef: float
+    entropy: bool
+    mean: bool
+    counted: bool
+    expert_items: float
+    agent_items: float
+    detach_next: bool
+    values: int
+    next_values: int
+
+    def set_truncated(self, at: int, by_row: bool) -> None: ...
+    def set_is_expert(self, at: int, by_row: bool) -> None: ...
+
+def loss_and_grad(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    call: Call,
+    dlogits: int,
+    dlogits_strides: Sequence[int],
+    dvalues: int,
+    dnext_values: int,
+    threads: int,
+    isa: str = "",
+) -> tuple[float, float, float, float, float, float, float] | int:
+    """Loss, nll, value, entropy, td, reward, tokens; or the first row whose label is bad."""
+
 def use_openmp(parallel: int) -> None: ...
 def isa() -> str: ...
 def isas() -> tuple[str, ...]: ...

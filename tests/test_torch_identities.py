@@ -185,7 +185,8 @@ def test_next_values_and_values(backend: str) -> None:
     _, gradient = run(logits, labels, reduction="sum", next_values=given, backend=backend)
     u = 2 * 0.3 * stats.reward.detach()
     expected = torch.stack([-0.9 * u[0], -0.9 * u[1], torch.tensor(0.0)])
-    torch.testing.assert_close(given.grad, expected, rtol=4 * ULP, atol=0)
+    # the residual is a difference of numbers up to 3, which token_stats rounds to float32
+    torch.testing.assert_close(given.grad, expected, rtol=4 * ULP, atol=12 * ULP)
     # nothing of V' reaches the logits: each row's gradient sums to u_t
     torch.testing.assert_close(gradient.sum(-1), u, rtol=0, atol=32 * ULP)
 

@@ -73,8 +73,8 @@ def loss_of(
     # before it is rounded: 1/N alone underflows.
     at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
     if differentiable and at_once:
-        total, metrics = single_pass.loss_and_metrics(call, logits, inplace, backend)
-        return total if metrics is None else (total, metrics)
+        summed, metrics = single_pass.loss_and_metrics(call, logits, inplace, backend)
+        return summed if metrics is None else (summed, metrics)
     rows = ops.rows_of(labels, logits.shape[-1], sequence)
     loss = call.weights(xp, rows.kind)
     stats = statistics(logits, rows, loss.entropy, backend)

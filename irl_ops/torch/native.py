@@ -23,7 +23,7 @@ def _torch_openmp() -> int:
 
 
 try:
-    from irl_ops import _native
+    from irl_ops import _native as _native  # of native_loss as well
 except ImportError as error:  # a source tree that was not built; unavailable() says so
     _import_error: ImportError | None = error
 else:

@@ -1,90 +1,102 @@
-"""A whole loss call on the CPU: the algebra on NumPy views of the tensors, the C++ kernels inside.
+"""A whole loss call on the CPU, as one call of the C++ code.
 
-On [B, T] arrays torch spends more on dispatch than on arithmetic, all the more with caches that the
-logits have just emptied; NumPy spends about half of that.
+Beside a row kernel that leaves nothing in the caches, sixty operations on [B, T] tensors would take
+up to half as long as the kernel itself, nearly all of it on the way to their arithmetic.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat.numpy as xp
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from irl_ops import algebra
 from irl_ops.torch import arguments, native
 from irl_ops.torch.call import Call, Outcome
 
-Array = NDArray[Any]
+KNOWN = (algebra.mle_objective, algebra.iqlearn_objective, algebra.online_iqlearn_objective)
 
 
-def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome:
-    """The outcome of ``call``; writes the gradient into ``dlogits``, which may be ``logits``."""
-    seen = Call(*map(_view, call))
-    labels = np.asarray(seen.labels, dtype=np.int64)
-    with np.errstate(all="ignore"):  # tensors do not warn of NaN either
-        rows = algebra.rows_of(xp, labels, logits.shape[-1], **seen.sequence)
-        if (rows.labels == algebra.BAD_LABEL).any():
-            aligned = torch.from_numpy(rows.labels)
-            ignore_index, shift = call.sequence["ignore_index"], call.sequence["shift"]
-            arguments.refuse_label(aligned, call.labels, logits.shape[-1], ignore_index, shift)
-        loss = seen.weights(xp, rows.kind)
-        out = algebra.single_pass(
-            xp,
-            Kernels(dlogits),
-            logits,
-            rows,
-            loss,
-            next_values=seen.next_values,
-            values=seen.values,
-            detach_next=call.detach_next,
-        )
-        metrics = None
-        if call.metrics:
-            metrics = algebra.metrics(xp, rows.kind, loss, out.stats, out.step)
-    return Outcome(
-        torch.as_tensor(out.loss),
-        None if out.dvalues is None else torch.as_tensor(out.dvalues),
-        None if out.dnext_values is None else torch.as_tensor(out.dnext_values),
-        metrics and {name: torch.as_tensor(x) for name, x in metrics.items()},
+def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome | None:
+    """The outcome of ``call``; writes the gradient into ``dlogits``, which may be ``logits``.
+
+    None for an objective that the C++ code does not know.
+    """
+    if call.objective not in KNOWN:
+        return None
+    shape = call.labels.shape
+    dvalues = None if call.values is None else logits.new_empty(shape, dtype=torch.float32)
+    dnext_values = (
+        None if call.next_values is None else logits.new_empty(shape, dtype=torch.float32)
     )
+    seen, kept = _fields(call)
+    found = native._native.loss_and_grad(
+        *native._rows(logits),
+        seen,
+        native._address(dlogits),
+        dlogits.stride()[:-1],
+        native._address(dvalues),
+        native._address(dnext_values),
+        torch.get_num_threads(),
+    )
+    del kept  # the arrays behind the addresses
+    if isinstance(found, int):
+        ignore_index, shift = call.sequence["ignore_index"], call.sequence["shift"]
+        aligned = torch.zeros(shape, dtype=torch.int64)
+        aligned.view(-1)[found] = algebra.BAD_LABEL
+        arguments.refuse_label(aligned, call.labels, logits.shape[-1], ignore_index, shift)
+    loss, nll, value, entropy, td, reward, tokens = found
+    metrics = None
+    if call.metrics:
+        numbers = {"nll": nll, "value": value}
+        if seen.entropy:
+            numbers["entropy"] = entropy
+        if seen.td:
+            numbers |= {"td": td, "reward": reward}
+        metrics = {name: torch.tensor(x) for name, x in {**numbers, "tokens": tokens}.items()}
+    return Outcome(torch.tensor(loss, dtype=torch.float32), dvalues, dnext_values, metrics)
 
 
-class Kernels:
-    """The row kernels as ``algebra.single_pass`` calls them: logits are tensors, rows arrays."""
+def _fields(call: Call) -> tuple[Any, list[Tensor]]:
+    """The call as the C++ code takes it, and the tensors that have to live as long."""
+    seen, kept = native._native.Call(), []
 
-    def __init__(self, dlogits: Tensor) -> None:
-        self.dlogits = dlogits
+    def address(x: Tensor, dtype: torch.dtype) -> int:
+        kept.append(x.detach().to(dtype).contiguous())
+        return kept[-1].data_ptr()
 
-    def label_logit(self, logits: Tensor, labels: Array) -> Array:
-        """``q[label]``, before anything is overwritten."""
-        return native.label_logit(logits, torch.from_numpy(labels)).numpy()
-
-    def row_stats_grad(
-        self, logits: Tensor, alpha: Array, beta: Array, entropy_weight: Array | None
-    ) -> tuple[Array, Array, Array | None, Tensor]:
-        """The gradient goes where the call wants it."""
-        weight = None if entropy_weight is None else torch.from_numpy(entropy_weight)
-        row_max, logsum, entropy = native.row_stats_grad(
-            logits, torch.from_numpy(alpha), torch.from_numpy(beta), weight, self.dlogits
-        )
-        h = None if entropy is None else entropy.numpy()
-        return row_max.numpy(), logsum.numpy(), h, self.dlogits
-
-    def set_label(self, dlogits: Tensor, labels: Array, elements: Array) -> Tensor:
-        """In place."""
-        native.set_label_(dlogits, torch.from_numpy(labels), torch.from_numpy(elements))
-        return dlogits
-
-
-def _view(x: Any) -> Any:
-    """The same with an array over the storage of each tensor; float32 where it holds numbers."""
-    if isinstance(x, Tensor):
-        number = x.is_floating_point() or (x.ndim == 0 and x.dtype != torch.bool)
-        return (x.detach().float() if number else x).numpy()
-    if isinstance(x, dict):
-        return {name: _view(option) for name, option in x.items()}
-    return tuple(map(_view, x)) if isinstance(x, tuple) else x
+    options, terms = call.sequence, call.terms
+    seen.length = max(1, call.labels.shape[-1])
+    seen.labels = address(call.labels, torch.int64)
+    seen.ignore_index, seen.shift = options["ignore_index"], options["shift"]
+    seen.boundary = options["boundary"]
+    if options["where"] is not None:
+        seen.where = address(options["where"], torch.bool)
+    if options["segment_ids"] is not None:
+        seen.segment_ids = address(options["segment_ids"], torch.int64)
+    if options["position_ids"] is not None:
+        seen.position_ids = address(options["position_ids"], torch.int64)
+    if options["cu_seqlens"] is not None:
+        seen.cu_seqlens = options["cu_seqlens"].tolist()
+    if options["eos_token_id"] is not None:
+        eos = options["eos_token_id"]
+        seen.eos_token_ids = [eos] if isinstance(eos, int) else eos
+    for name, flags in (("truncated", options["truncated"]), ("is_expert", terms.get("is_expert"))):
+        if flags is not None:
+            by_row = flags.shape == call.labels.shape
+            getattr(seen, f"set_{name}")(address(flags, torch.bool), by_row)
+    for name in ("token_weights", "values", "next_values"):
+        if getattr(call, name) is not None:
+            setattr(seen, name, address(getattr(call, name), torch.float32))
+    for name in ("lam", "gamma", "alpha"):
+        if name in terms:
+            setattr(seen, name, float(terms[name]))
+    seen.td, seen.detach_next = bool(terms), call.detach_next
+    seen.entropy_coef = float(call.entropy_coef)
+    seen.entropy = isinstance(call.entropy_coef, Tensor) or call.entropy_coef != 0
+    seen.mean = call.reduction == "mean"
+    if call.num_items is not None:
+        pair = call.num_items if isinstance(call.num_items, tuple) else (call.num_items,) * 2
+        seen.counted, (seen.expert_items, seen.agent_items) = True, map(float, pair)
+    return seen, kept

@@ -67,6 +67,24 @@ float label_logit_of(const Rows& rows, const char* q, std::int64_t label) {
   return read_element(rows.dtype, q + label * size_of(rows.dtype));
 }
 
+// visit(i, row i) for all rows, some of whose labels' elements are on their way to the cache
+// already: each lies on a line, and mostly a page, of its own.
+template <class Visit>
+void for_each_label(const Rows& rows, const void* logits, const std::int64_t* labels,
+                    const Visit& visit) {
+  constexpr std::int64_t kAhead = 64;
+  const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
+  const auto prefetch = [&](std::int64_t i) {
+    if (i < count && labels[i] >= 0 && labels[i] < rows.vocab)
+      __builtin_prefetch(row_at(logits, rows, i) + labels[i] * size);
+  };
+  for (std::int64_t i = 0; i < kAhead; ++i) prefetch(i);
+  for (std::int64_t i = 0; i < count; ++i) {
+    prefetch(i + kAhead);
+    visit(i, row_at(logits, rows, i));
+  }
+}
+
 // coefficient * x, a zero coefficient giving 0 whatever x is.
 double term(float coefficient, double x) {
   return coefficient == 0 ? 0.0 : static_cast<double>(coefficient) * x;
@@ -161,17 +179,18 @@ void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, cons
 }
 
 void label_logit(const Rows& rows, const void* logits, const std::int64_t* labels, float* picked) {
-  const std::int64_t count = rows.layout.rows();
-  for (std::int64_t i = 0; i < count; ++i)
-    picked[i] = label_logit_of(rows, row_at(logits, rows, i), labels[i]);
+  for_each_label(rows, logits, labels, [&](std::int64_t i, const char* q) {
+    picked[i] = label_logit_of(rows, q, labels[i]);
+  });
 }
 
 void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements) {
-  const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
-  for (std::int64_t i = 0; i < count; ++i)
+  for_each_label(rows, dlogits, labels, [&](std::int64_t i, const char*) {
     if (labels[i] >= 0 && labels[i] < rows.vocab)
-      write_element(rows.dtype, row_at(dlogits, rows, rows.layout, i) + labels[i] * size,
+      write_element(rows.dtype,
+                    row_at(dlogits, rows, rows.layout, i) + labels[i] * size_of(rows.dtype),
                     elements[i]);
+  });
 }
 
 void scale(const Isa& isa, std::int64_t threads, const Rows& rows, void* dlogits, float factor) {
