@@ -2,17 +2,20 @@
 
 from typing import Any
 
+import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 import irl_ops.torch as irl
 from irl_ops import algebra, reference
 from irl_ops.torch import triton, triton_loss
 from irl_ops.torch.call import Call
 
-from .cases import EPS, Case, cases, check
+from .cases import EPS, Case, cases, check, sequences
 
 pytest.importorskip("triton", reason="needs Triton, which is published for Linux alone")
 
@@ -33,9 +36,40 @@ def numpy(x: Any) -> Any:
     """An option as the float64 reference takes it."""
     if isinstance(x, tuple):
         return tuple(map(numpy, x))
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, Tensor):
         return x
     return (x.double() if x.is_floating_point() else x).numpy()
+
+
+@settings(max_examples=100)
+@given(st.sampled_from([(), (3,)]).flatmap(lambda lead: sequences(5, lead, 9)))
+def test_kinds_and_weights_are_those_of_the_algebra(sequence: tuple[Tensor, dict]) -> None:
+    """Segments and batch rows end within blocks and between them."""
+    labels, options = sequence
+    token_weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0))
+    launcher, seen = triton_loss._launcher, []
+
+    def watched(device: torch.device, programs: int) -> Any:
+        launch = launcher(device, programs)
+
+        def run(name: str, *arguments: Any, **constants: Any) -> None:
+            launch(name, *arguments, **constants)
+            if name == "rows":
+                seen.extend(arguments[11:14])
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_loss, "_launcher", watched)
+        patch.setattr(triton_loss, "BLOCK", 4)
+        logits = torch.zeros(*labels.shape, 5, requires_grad=True)
+        weighted = dict(token_weights=token_weights, reduction="sum")
+        irl.iqlearn_loss(logits, labels, **options, **weighted, backend="triton")
+
+    rows = algebra.rows_of(xp, labels.numpy(), 5, **{k: numpy(x) for k, x in options.items()})
+    loss = algebra.mle_objective(xp, rows.kind, token_weights.numpy(), reduction="sum")
+    for actual, expected in zip(seen, (*rows, loss.mle), strict=True):
+        assert np.array_equal(actual.numpy(), expected)
 
 
 @settings(max_examples=30)
