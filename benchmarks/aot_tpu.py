@@ -4,7 +4,7 @@ libtpu, the TPU's compiler, runs on a CPU. It says how much memory a program tak
 and outputs, and by its cost model how many bytes it moves. The command fails where
 
 - a program holds no Pallas kernel, though V is a multiple of 128,
-- a training step takes more memory than its logits, by over 5 % (on v7x, over 55 %),
+- a training step takes more memory than its logits, by over 5 % (on v6e and v7x, over 55 %),
 - a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it, or
 - a gradient on its own takes memory, or moves more than one read and one write of the logits and
   24 KiB a row (the tiles around the labels, and row vectors, padded to 128 lanes), where whole rows
@@ -111,7 +111,7 @@ def run(job: Job) -> Result:
     ours, problems = steps["pallas"], []
     if job.vocab % 128 == 0 and not (ours.kernels and alone.kernels):
         problems.append("no kernel")
-    if ours.temporaries > (1.55 if on == "v7x" else 1.05):
+    if ours.temporaries > (1.55 if on in ("v6e", "v7x") else 1.05):
         problems.append("memory of the step")
     row = job.vocab * (2 if job.dtype == "bf16" else 4)  # bytes
     best = min(s.bytes for form, s in steps.items() if form != "pallas")
