@@ -1,4 +1,10 @@
-"""Operations that become a program only when lowered, for the devices at hand."""
+"""Operations on rows that become a program only when lowered, for the devices at hand.
+
+An operation's arrays have the same leading axes, the rows; logits and gradients have one more, the
+vocabulary. So every operation is batched by one more leading axis, and partitioned over devices by
+its rows: logits sharded over batch or sequence stay where they are, a sharded vocabulary is
+gathered.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax._src import dispatch  # has no public name; custom_partitioning's own primitive is in it
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 Function = Callable[..., Any]
 
@@ -17,7 +27,7 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
     """A primitive of the arrays that ``plain`` takes, which returns its results but for None.
 
     Args:
-        plain: gives the types.
+        plain: gives the types. Its first argument has the rows' axes and the vocabulary.
         **chosen: by platform, the function of the same arguments to lower, given jax's context of
             the lowering.
     """
@@ -26,18 +36,41 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
 
     def types(*given: Any, **static: Any) -> list[Any]:
         out: list[Any] = jax.make_jaxpr(functools.partial(plain, **static))(*given).out_avals
-        return out
+        return [_varying(x, given) for x in out]
 
     def eager(*given: Any, **static: Any) -> list[jax.Array]:
         out: list[jax.Array] = jax.jit(functools.partial(made.bind, **static))(*given)
         return out
 
+    def batched(given: Any, axes: Any, **static: Any) -> tuple[list[jax.Array], list[int]]:
+        pairs = list(zip(given, axes, strict=True))
+        size = next(x.shape[i] for x, i in pairs if i is not None)
+        rows = [
+            jnp.broadcast_to(x, (size, *x.shape))
+            if i is None
+            else jnp.moveaxis(x, i, 0)
+            for x, i in pairs
+        ]
+        out: list[jax.Array] = made.bind(*rows, **static)
+        return out, [0] * len(out)
+
     def lower(choose: Callable[[Any], Function], ctx: Any, *given: Any, **static: Any) -> Any:
         run = functools.partial(_listed, choose(ctx), **static)
+        if _devices(ctx) > 1:
+            run = _by_rows(run, [x.ndim for x in ctx.avals_in], [x.ndim for x in ctx.avals_out])
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
+
+    def refuse(ctx: Any, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            f"{made.name} has kernels for {', '.join(chosen)}, and the program is lowered for "
+            f"{', '.join(ctx.module_context.platforms)}; accepted: backend='auto' or 'reference'"
+        )
 
     made.def_abstract_eval(types)
     made.def_impl(eager)
+    batching.primitive_batchers[made] = batched
+    dispatch.prim_requires_devices_during_lowering.add(made)
+    mlir.register_lowering(made, refuse)
     for platform, choose in chosen.items():
         mlir.register_lowering(made, functools.partial(lower, choose), platform=platform)
     return made
@@ -52,6 +85,53 @@ def device(ctx: Any, platform: str) -> Any:
     if backend is None or backend.platform != platform:
         return None
     return backend.devices()[0]
+
+
+def _devices(ctx: Any) -> int:
+    """How many devices XLA partitions the program for; 1 inside ``shard_map``, and if unknown."""
+    axes = ctx.module_context.axis_context
+    if getattr(axes, "manual_axes", None):
+        return 1
+    return getattr(axes, "num_devices", None) or 1
+
+
+def _by_rows(run: Function, given: list[int], out: list[int]) -> Function:
+    """``run`` on each device's rows; the numbers of axes of what it takes and returns."""
+    lead = given[0] - 1
+    names = [f"r{i}" for i in range(lead)]
+
+    def rule(ndims: list[int], of: str) -> str:
+        vocab = [f"{of}{i}" for i in range(len(ndims))]
+        return ", ".join(
+            " ".join([*names, *([v] if n > lead else [])])
+            for n, v in zip(ndims, vocab, strict=True)
+        )
+
+    def spread(mesh: Any, logits: Any, ndims: list[int]) -> tuple[NamedSharding, ...]:
+        spec = tuple(logits.sharding.spec)[:lead]
+        spec += (None,) * (lead - len(spec))
+        return tuple(NamedSharding(mesh, PartitionSpec(*spec, *[None] * (n - lead))) for n in ndims)
+
+    def partition(mesh: Any, shapes: Any, results: Any) -> Any:
+        return mesh, run, list(spread(mesh, shapes[0], out)), spread(mesh, shapes[0], given)
+
+    def infer(mesh: Any, shapes: Any, results: Any) -> Any:
+        return list(spread(mesh, shapes[0], out))
+
+    spread_over_devices = custom_partitioning(run)
+    spread_over_devices.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{rule(given, 'v')} -> {rule(out, 'w')}",
+    )
+    made: Function = spread_over_devices
+    return made
+
+
+def _varying(result: Any, given: Any) -> Any:
+    """The result's type, varying over every axis of a ``shard_map`` that an argument varies over."""
+    over = frozenset().union(*(getattr(x, "vma", frozenset()) for x in given))
+    return result.update(vma=over) if over else result
 
 
 def _listed(run: Function, *given: Any, **static: Any) -> list[Any]:
