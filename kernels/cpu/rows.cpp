@@ -8,7 +8,6 @@
 
 #include "element.h"
 #include "pages.h"
-#include "threads.h"
 
 namespace irl {
 
@@ -92,12 +91,12 @@ double term(float coefficient, double x) {
 
 }  // namespace
 
-void row_stats(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                const std::int64_t* labels, float* row_max, float* logsum, float* label_logit,
                float* entropy) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
-  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, nullptr, nullptr);
@@ -109,13 +108,13 @@ void row_stats(const Isa& isa, std::int64_t threads, const Rows& rows, const voi
   });
 }
 
-void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
               const std::int64_t* labels, const float* row_max, const float* logsum, const float* a,
               const float* b, const float* c, void* dlogits, const Layout& dlogits_layout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
-  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       char* y = row_at(dlogits, rows, dlogits_layout, i);
@@ -138,14 +137,14 @@ void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void
   });
 }
 
-void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                     const float* alpha, const float* beta, const float* entropy_weight,
                     float* row_max, float* logsum, float* entropy, void* dlogits,
                     const Layout& dlogits_layout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
-  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(rows.vocab);
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
@@ -193,11 +192,11 @@ void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, cons
   });
 }
 
-void scale(const Isa& isa, std::int64_t threads, const Rows& rows, void* dlogits, float factor) {
+void scale(const Isa& isa, const Team& team, const Rows& rows, void* dlogits, float factor) {
   if (factor == 1) return;
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
-  over_rows(count, count * rows.vocab, threads, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i)
       loops.scale(row_at(dlogits, rows, rows.layout, i), rows.vocab, factor);
   });

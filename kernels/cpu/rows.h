@@ -13,6 +13,7 @@
 
 #include "isa.h"
 #include "layout.h"
+#include "threads.h"
 
 namespace irl {
 
@@ -25,14 +26,14 @@ struct Rows {
 // row_max = max_j q_j, logsum = log sum_j exp(q_j - row_max), label_logit = q_label (0 without a
 // label), and unless null entropy = logsum - sum_j p_j (q_j - row_max).
 // Traffic: one read of the logits.
-void row_stats(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                const std::int64_t* labels, float* row_max, float* logsum, float* label_logit,
                float* entropy);
 
 // dlogits_j = p_j (a + b log p_j) + c [j = label], log p_j = (q_j - row_max) - logsum. Without a
 // label there is no c; a bad label gets none either.
 // Traffic: one read of the logits and one write of dlogits; rows of a = b = 0 are not read.
-void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
               const std::int64_t* labels, const float* row_max, const float* logsum, const float* a,
               const float* b, const float* c, void* dlogits, const Layout& dlogits_layout);
 
@@ -41,7 +42,7 @@ void row_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void
 // coefficient is 0 counts as 0. entropy_weight null means 0; entropy may be null. Where alpha =
 // -inf nobody needs the row: its statistics and its gradient are 0. Traffic: one read of the
 // logits, but for rows of alpha = -inf, and one write of dlogits.
-void row_stats_grad(const Isa& isa, std::int64_t threads, const Rows& rows, const void* logits,
+void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                     const float* alpha, const float* beta, const float* entropy_weight,
                     float* row_max, float* logsum, float* entropy, void* dlogits,
                     const Layout& dlogits_layout);
@@ -53,6 +54,6 @@ void label_logit(const Rows& rows, const void* logits, const std::int64_t* label
 void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements);
 
 // dlogits *= factor. Traffic: one read and one write; none where factor is 1.
-void scale(const Isa& isa, std::int64_t threads, const Rows& rows, void* dlogits, float factor);
+void scale(const Isa& isa, const Team& team, const Rows& rows, void* dlogits, float factor);
 
 }  // namespace irl

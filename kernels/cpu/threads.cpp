@@ -1,10 +1,14 @@
-// Borrows the threads of an OpenMP runtime where one was named. Else threads live for one call
-// only: nothing survives to be broken by fork, or to be shut down.
+// Borrows the threads of the caller's pool, or those of an OpenMP runtime where one was named. Else
+// threads live for one call only: nothing survives to be broken by fork, or to be shut down.
 #include "threads.h"
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -30,15 +34,24 @@ class Ranges {
          const std::function<void(std::int64_t, std::int64_t)>& work)
       : length_(rows / count), longer_(rows % count), work_(work), failures_(size(count)) {}
 
+  // Where no range is left, neither the work nor what it refers to need exist any more.
   void run() {
-    const auto count = static_cast<std::int64_t>(failures_.size());
-    for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
+    for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count();) {
       try {
         work_(begin(i), begin(i + 1));
       } catch (...) {
         failures_[size(i)] = std::current_exception();
       }
+      if (ended_.fetch_add(1, std::memory_order_acq_rel) + 1 < count()) continue;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      all_ended_.notify_all();
     }
+  }
+
+  // Until the ranges that other threads have taken are done.
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_ended_.wait(lock, [&] { return ended_.load(std::memory_order_acquire) == count(); });
   }
 
   void rethrow() const {
@@ -49,13 +62,17 @@ class Ranges {
  private:
   static std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
+  std::int64_t count() const { return static_cast<std::int64_t>(failures_.size()); }
+
   // rows * i could overflow: the first `longer` ranges have one row more.
   std::int64_t begin(std::int64_t i) const { return i * length_ + std::min(i, longer_); }
 
   const std::int64_t length_, longer_;
   const std::function<void(std::int64_t, std::int64_t)>& work_;
   std::vector<std::exception_ptr> failures_;
-  std::atomic<std::int64_t> next_{0};
+  std::atomic<std::int64_t> next_{0}, ended_{0};
+  std::mutex mutex_;
+  std::condition_variable all_ended_;
 };
 
 void run_on_own_threads(Ranges& ranges, std::int64_t threads) {
@@ -71,24 +88,38 @@ void run_on_own_threads(Ranges& ranges, std::int64_t threads) {
   for (std::thread& other : others) other.join();
 }
 
+// A task may begin after this has returned: it finds no range left, and shares the object that
+// tells it so.
+void run_on_pool(const std::shared_ptr<Ranges>& ranges, const Team& team, std::int64_t threads) {
+  try {
+    for (std::int64_t i = 1; i < threads; ++i) team.start([ranges] { ranges->run(); });
+  } catch (const std::bad_alloc&) {
+    // Those that were started take the ranges that are left.
+  }
+  ranges->run();
+  ranges->wait();
+}
+
 }  // namespace
 
 void use_openmp(GompParallel parallel) { openmp = parallel; }
 
-void over_rows(std::int64_t rows, std::int64_t elements, std::int64_t threads,
+void over_rows(std::int64_t rows, std::int64_t elements, const Team& team,
                const std::function<void(std::int64_t, std::int64_t)>& work) {
-  const std::int64_t team = std::min({threads, rows, elements / kWorthwhile});
-  if (team <= 1) {
+  const std::int64_t threads = std::min({team.count, rows, elements / kWorthwhile});
+  if (threads <= 1) {
     if (rows > 0) work(0, rows);
     return;
   }
-  Ranges ranges(rows, std::min(rows, team * kRanges), work);
-  if (const GompParallel parallel = openmp)
-    parallel([](void* data) { static_cast<Ranges*>(data)->run(); }, &ranges,
-             static_cast<unsigned>(team), 0);
+  const auto ranges = std::make_shared<Ranges>(rows, std::min(rows, threads * kRanges), work);
+  if (team.start)
+    run_on_pool(ranges, team, threads);
+  else if (const GompParallel parallel = openmp)
+    parallel([](void* data) { static_cast<Ranges*>(data)->run(); }, ranges.get(),
+             static_cast<unsigned>(threads), 0);
   else
-    run_on_own_threads(ranges, team);
-  ranges.rethrow();
+    run_on_own_threads(*ranges, threads);
+  ranges->rethrow();
 }
 
 }  // namespace irl

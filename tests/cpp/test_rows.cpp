@@ -3,11 +3,17 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <new>
+#include <stdexcept>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "element.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace {
 
@@ -119,9 +125,44 @@ void check_bounds(const irl::Isa& isa, irl::Dtype dtype, std::int64_t vocab, std
              "clear left an element", isa.name, static_cast<double>(j));
 }
 
+// Pools as a caller may bring them: each row's work is done once, before over_rows returns.
+void check_pools() {
+  using Task = irl::Team::Task;
+  std::vector<Task> late;
+  std::vector<std::thread> threads;
+  const std::pair<const char*, std::function<void(Task)>> pools[] = {
+      {"at once", [](const Task& task) { task(); }},
+      {"too late", [&](Task task) { late.push_back(std::move(task)); }},
+      {"threads", [&](Task task) { threads.emplace_back(std::move(task)); }},
+      {"full", [](const Task&) { throw std::bad_alloc(); }},
+  };
+  for (const auto& [name, start] : pools) {
+    std::vector<int> times(1000);
+    irl::over_rows(1000, std::int64_t{1} << 30, irl::Team(7, start),
+                   [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t i = begin; i < end; ++i)
+                       ++times[static_cast<std::size_t>(i)];
+                   });
+    for (const int n : times) expect(n == 1, "rows were worked on so often", name, n);
+    bool thrown = false;
+    try {
+      irl::over_rows(1000, std::int64_t{1} << 30, irl::Team(7, start),
+                     [](std::int64_t begin, std::int64_t end) {
+                       if (begin <= 500 && 500 < end) throw std::runtime_error("row 500");
+                     });
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    expect(thrown, "the exception of a range was lost", name, 500);
+  }
+  for (const Task& task : late) task();  // finds nothing left to do, and nothing it may touch
+  for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace
 
 int main() {
+  check_pools();
   for (const irl::Isa* isa : irl::isas()) {
     check_exp(*isa);
     for (const auto dtype : {irl::Dtype::float32, irl::Dtype::bfloat16, irl::Dtype::float16})
