@@ -1,5 +1,14 @@
-"""Row kernels for JAX programs: ``pallas`` on TPUs, ``triton`` on GPUs.
+"""The losses for JAX. ``import irl_ops.jax as irl``, then ``irl.iqlearn_loss(...)``."""
 
-They have the signatures of ``irl_ops.kernels.reference``. The losses of ``irl_ops.torch`` are not
-here yet.
-"""
+from irl_ops.jax.backends import available_backends
+from irl_ops.jax.losses import iqlearn_loss, mle_loss, online_iqlearn_loss
+from irl_ops.jax.tokens import TokenStats, token_stats
+
+__all__ = [
+    "TokenStats",
+    "available_backends",
+    "iqlearn_loss",
+    "mle_loss",
+    "online_iqlearn_loss",
+    "token_stats",
+]

@@ -1,0 +1,305 @@
+"""The losses, their arguments and what they promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from irl_ops import algebra
+from irl_ops.jax import arguments
+from irl_ops.jax.forward import Array, Boundary, Loss, Reduction, Scalar, loss_of
+
+
+def iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    lam: Scalar = 0.1,
+    gamma: Scalar = 1.0,
+    entropy_coef: Scalar = 0.0,
+    ignore_index: int = -100,
+    where: Array | None = None,
+    shift: bool = False,
+    segment_ids: Array | None = None,
+    position_ids: Array | None = None,
+    cu_seqlens: Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Array | None = None,
+    token_weights: Array | None = None,
+    num_items: Scalar | None = None,
+    reduction: Reduction = "mean",
+    detach_next: bool = False,
+    next_values: Array | None = None,
+    values: Array | None = None,
+    return_metrics: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    r"""Offline IQLearn: maximum likelihood with a temporal-difference penalty (Eq. 14).
+
+    The logits are read as Q-values, V_t = logsumexp(q_t), and
+
+    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t
+              + \lambda\,(q_t[a_t] - \gamma V'_t)^2\right]
+
+    with V' = V_{t+1} where row t bootstraps from the next row and 0 after a terminal token.
+    ``lam=0`` is MLE. On CPUs and GPUs the gradient is computed in the forward pass, in one read
+    and one write of the logits; on TPUs where the compiler moves fewest bytes.
+
+    Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``checkpoint`` and ``shard_map``; logits that
+    are sharded over batch or sequence stay where they are. Labels and arrays may be traced, and so
+    may the numbers: only True and False, strings, ``ignore_index`` and ``eos_token_id`` are static.
+
+    Args:
+        logits: float32, bfloat16 or float16 ``[..., T, V]``. The gradient has the same dtype; all
+            arithmetic is float32.
+        labels: int32 or int64 ``[..., T]``; logits[t] scores labels[t].
+        lam: weight of the TD term, 0 or more; a number or a 0-d array, which can be annealed
+            without recompiling.
+        gamma: discount in [0, 1]; a number or a 0-d array.
+        entropy_coef: weight kappa of the entropy bonus; a number or a 0-d array.
+        ignore_index: label of rows that carry none.
+        where: bool ``[..., T]``; False says as well that the row carries no label. Applied after
+            the shift.
+        shift: Hugging Face's convention, logits[t] scores labels[t + 1], without slicing; the last
+            row of each segment then carries no label.
+        segment_ids: integers ``[..., T]``, packed sequences: a row's next row has the same id.
+        position_ids: integers ``[..., T]``, packed sequences: a segment starts wherever the
+            position does not increase by one.
+        cu_seqlens: integers ``[S + 1]``, packed sequences, with logits ``[N, V]``.
+        eos_token_id: token or tokens that end an episode: their rows have V' = 0, and all others
+            bootstrap where a next row exists.
+        boundary: what a labelled row without a labelled next row does when nothing else decides:
+            "terminal" (V' = 0), "bootstrap" from the next row if one exists, or "drop" its TD term.
+        truncated: bool ``[...]`` or ``[..., T]``: the sequence was cut off there, not ended.
+        token_weights: float ``[..., T]``, w_t; 1 by default.
+        num_items: N for reduction "mean", e.g. the number of labels in all accumulated batches; a
+            number or a 0-d array. By default the sum of w over the labelled rows.
+        reduction: "mean", "sum" (N = 1) or "none": the loss of every row, ``[..., T]``.
+        detach_next: no gradient flows through V'.
+        next_values: float ``[..., T]``, replaces V_{t+1} in rows that bootstrap (target network).
+        values: float ``[..., T]``, a separate value head v (A.1.1): Q_t = v_t + log pi_t, V = v.
+        return_metrics: also return a dict of 0-d float32 arrays without gradient: "nll", "value"
+            and, where ``entropy_coef`` is not 0, "entropy" (means over labelled rows), "td" =
+            delta^2 and "reward" = delta (means over rows with a TD term), "tokens" (their count).
+        inplace: the gradient is computed in the forward pass on every backend and for every dtype,
+            also where it would wait for the backward pass: on TPUs, and for float16, which then is
+            rounded before a loss scale reaches it. The storage of logits that nobody reads later is
+            taken in any case.
+        backend: "pallas" (TPUs), "triton" (GPUs), "native" (CPUs), "reference", or "auto": the
+            fastest that serves the platform that the program is lowered for.
+
+    Returns:
+        The loss, a 0-d float32 array (``[..., T]`` for reduction "none"), or
+        ``(loss, metrics)``. N = 0 gives 0, with gradients of 0.
+
+    Raises:
+        TypeError: a wrong dtype or type.
+        ValueError: a shape or option value that is not accepted, or a derivative by ``lam``,
+            ``gamma``, ``entropy_coef``, ``token_weights`` or ``num_items``.
+        NotImplementedError: second derivatives. Forward-mode ones raise JAX's TypeError.
+
+        A label outside [0, V) other than ``ignore_index`` raises nothing: the loss is NaN.
+
+    Example:
+        >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
+        >>> labels = jax.random.randint(jax.random.key(1), (2, 8), 0, 100)
+        >>> loss, dlogits = jax.value_and_grad(iqlearn_loss)(logits, labels, lam=0.1)
+    """
+    arguments.check_scalar("lam", lam, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    return loss_of(
+        algebra.iqlearn_objective,
+        logits,
+        labels,
+        terms=dict(lam=lam, gamma=gamma),
+        sequence=dict(
+            ignore_index=ignore_index,
+            where=where,
+            shift=shift,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=eos_token_id,
+            boundary=boundary,
+            truncated=truncated,
+        ),
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        num_items=num_items,
+        reduction=reduction,
+        detach_next=detach_next,
+        next_values=next_values,
+        values=values,
+        return_metrics=return_metrics,
+        inplace=inplace,
+        backend=backend,
+    )
+
+
+def mle_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    entropy_coef: Scalar = 0.0,
+    ignore_index: int = -100,
+    where: Array | None = None,
+    shift: bool = False,
+    segment_ids: Array | None = None,
+    position_ids: Array | None = None,
+    cu_seqlens: Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Array | None = None,
+    token_weights: Array | None = None,
+    num_items: Scalar | None = None,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    r"""Maximum likelihood, with ``entropy_coef`` > 0 entropy-regularised (Eq. 18).
+
+    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t\right]
+
+    Arguments, result and errors are those of ``iqlearn_loss``, less the ones of the TD term. Those
+    that describe the sequences are all accepted, so that one call can be put for the other; here
+    the segments matter with ``shift=True`` (a label never crosses them), and ``eos_token_id``,
+    ``boundary`` and ``truncated`` change nothing.
+
+    Example:
+        >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
+        >>> labels = jax.random.randint(jax.random.key(1), (2, 8), 0, 100)
+        >>> dlogits = jax.grad(mle_loss)(logits, labels, entropy_coef=0.01)
+    """
+    return loss_of(
+        algebra.mle_objective,
+        logits,
+        labels,
+        terms={},
+        sequence=dict(
+            ignore_index=ignore_index,
+            where=where,
+            shift=shift,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=eos_token_id,
+            boundary=boundary,
+            truncated=truncated,
+        ),
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        num_items=num_items,
+        reduction=reduction,
+        return_metrics=return_metrics,
+        inplace=inplace,
+        backend=backend,
+    )
+
+
+def online_iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    alpha: Scalar = 0.1,
+    lam: Scalar = 0.1,
+    gamma: Scalar = 1.0,
+    entropy_coef: Scalar = 0.0,
+    ignore_index: int = -100,
+    where: Array | None = None,
+    shift: bool = False,
+    segment_ids: Array | None = None,
+    position_ids: Array | None = None,
+    cu_seqlens: Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    boundary: Boundary = "terminal",
+    truncated: Array | None = None,
+    token_weights: Array | None = None,
+    num_items: tuple[Scalar, Scalar] | None = None,
+    reduction: Reduction = "mean",
+    detach_next: bool = False,
+    next_values: Array | None = None,
+    values: Array | None = None,
+    return_metrics: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    r"""Online IQLearn: expert and agent samples in one batch (Eqs. 15-17).
+
+    .. math:: L = \frac{1}{N_E} \sum_{t \in E} w_t \left[-\log \pi_t - \kappa H_t
+              + \tfrac{\lambda}{1-\alpha}\,\delta_t^2\right]
+              + \frac{1}{N_B} \sum_{t \in B} w_t \tfrac{\lambda\alpha}{(1-\alpha)^2}\,\delta_t^2
+
+    Agent rows are regularised, never imitated. The other arguments, the result and the errors are
+    those of ``iqlearn_loss``.
+
+    Args:
+        logits: ``[..., T, V]``.
+        labels: ``[..., T]``.
+        is_expert: bool ``[...]`` (one a sequence) or ``[..., T]``.
+        alpha: strength of the mix-in in [0, 1); a number or a 0-d array.
+        lam: weight of the TD term.
+        gamma: discount.
+        entropy_coef: weight of the entropy bonus, on expert rows.
+        ignore_index: see ``iqlearn_loss``, as for all that follow.
+        where: bool ``[..., T]``.
+        shift: logits[t] scores labels[t + 1].
+        segment_ids: ``[..., T]``.
+        position_ids: ``[..., T]``.
+        cu_seqlens: ``[S + 1]``.
+        eos_token_id: tokens that end an episode.
+        boundary: "terminal", "bootstrap" or "drop".
+        truncated: bool ``[...]`` or ``[..., T]``.
+        token_weights: ``[..., T]``.
+        num_items: the pair (N_E, N_B). An empty group contributes 0.
+        reduction: "mean", "sum" or "none".
+        detach_next: no gradient flows through V'.
+        next_values: ``[..., T]``.
+        values: ``[..., T]``.
+        return_metrics: also return the metrics, means over expert and agent rows together.
+        inplace: the gradient is computed in the forward pass on every backend.
+        backend: a name of ``available_backends()``, or "auto".
+
+    Example:
+        >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
+        >>> labels = jax.random.randint(jax.random.key(1), (2, 8), 0, 100)
+        >>> is_expert = jnp.array([True, False])
+        >>> dlogits = jax.grad(online_iqlearn_loss)(logits, labels, is_expert)
+    """
+    arguments.check_scalar("alpha", alpha, 0.0, 1.0, open_end=True)
+    arguments.check_scalar("lam", lam, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    if num_items is not None and not (isinstance(num_items, tuple | list) and len(num_items) == 2):
+        raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
+    arguments.check_logits(logits, labels)
+    arguments.check_flags("is_expert", is_expert, labels)
+    return loss_of(
+        algebra.online_iqlearn_objective,
+        logits,
+        labels,
+        terms=dict(is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma),
+        sequence=dict(
+            ignore_index=ignore_index,
+            where=where,
+            shift=shift,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=eos_token_id,
+            boundary=boundary,
+            truncated=truncated,
+        ),
+        entropy_coef=entropy_coef,
+        token_weights=token_weights,
+        num_items=None if num_items is None else tuple(num_items),
+        reduction=reduction,
+        detach_next=detach_next,
+        next_values=next_values,
+        values=values,
+        return_metrics=return_metrics,
+        inplace=inplace,
+        backend=backend,
+    )

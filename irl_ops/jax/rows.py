@@ -1,0 +1,87 @@
+"""Row statistics that can be differentiated once, in reverse."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from irl_ops.jax.backends import BACKENDS, dispatch
+
+RowStats = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def row_stats(logits: jax.Array, labels: jax.Array, entropy: bool, backend: str) -> RowStats:
+    """``(row_max, logsum, label_logit, entropy)`` of every row; see ``irl_ops.kernels.reference``.
+
+    ``row_max`` counts as a constant: whatever is computed from it has to depend on the sum
+    ``row_max + logsum`` alone, whose gradient is p.
+    """
+
+    def by(name: str) -> Any:
+        return functools.partial(BACKENDS[name].row_stats, entropy=entropy)
+
+    stats: RowStats = dispatch(backend, by, logits, labels)
+    return stats
+
+
+def _forward(
+    logits: jax.Array, labels: jax.Array, entropy: bool, backend: str
+) -> tuple[RowStats, Any]:
+    row_max, logsum, label_logit, h = row_stats(logits, labels, entropy, backend)
+    return (row_max, logsum, label_logit, h), (logits, labels, row_max, logsum, h)
+
+
+def _backward(
+    entropy: bool, backend: str, saved: Any, above: RowStats
+) -> tuple[jax.Array | None, None]:
+    logits, labels, row_max, logsum, h = saved
+    _, dlogsum, dlabel_logit, dh = above
+    coefficients = row_coefficients(h, dlogsum, dlabel_logit, dh)
+    return row_grad(backend, once(logits), labels, row_max, logsum, *coefficients), None
+
+
+row_stats.defvjp(_forward, _backward)
+
+
+def row_grad(backend: str, *arrays: jax.Array) -> jax.Array:
+    """``p_j (A + B log p_j) + C 1{j = label}`` of (logits, labels, row_max, logsum, a, b, c)."""
+    gradient: jax.Array = dispatch(backend, lambda name: BACKENDS[name].row_grad, *arrays)
+    return gradient
+
+
+def row_coefficients(
+    entropy: jax.Array | None, dlogsum: jax.Array, dlabel_logit: jax.Array, dh: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A, B, C of ``row_grad`` from the gradients of the statistics: dH/dq_j = -p_j (log p_j + H)."""
+    if entropy is None or dh is None:
+        return dlogsum, jnp.zeros_like(dlogsum), dlabel_logit
+    return dlogsum - jnp.where(dh != 0, dh * entropy, 0.0), -dh, dlabel_logit
+
+
+@jax.custom_jvp
+def once(x: jax.Array) -> jax.Array:
+    """``x``, in a backward pass that cannot be differentiated."""
+    return x
+
+
+@once.defjvp
+def _refuse_second(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError("irl_ops: second derivatives are not implemented")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def constant(name: str, x: jax.Array) -> jax.Array:
+    """``x``, an argument that the loss is not differentiated by."""
+    return x
+
+
+@constant.defjvp
+def _refuse_derivative(name: str, primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"{name} is differentiated, which this loss does not compute; accepted: "
+        f"jax.lax.stop_gradient({name}), or a loss written on the outputs of token_stats"
+    )

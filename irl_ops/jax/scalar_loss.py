@@ -1,0 +1,202 @@
+"""The loss summed over rows, with its gradient at once or in the backward pass.
+
+Triton and the C++ kernels write the gradient in the forward pass, in one read and one write of the
+logits, into their storage where nobody reads them later. With Pallas and with plain operations the
+backward pass computes it from the row statistics: on a TPU the logits come from a matmul, and XLA
+computes an elementwise gradient inside the two matmuls that read it. ``inplace=True`` asks for the
+gradient at once there too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from irl_ops import algebra
+from irl_ops.jax import rows as differentiable
+from irl_ops.jax.backends import BACKENDS, dispatch
+
+AT_ONCE = ("triton", "native")
+
+
+class Static(NamedTuple):
+    """What a program is made for; ``entropy`` and ``metrics``: whether they are wanted."""
+
+    detach_next: bool
+    entropy: bool
+    metrics: bool
+    inplace: bool
+    backend: str
+
+    def at_once(self, name: str, dtype: Any) -> bool:
+        """Whether the backend of that name computes the gradient in the forward pass.
+
+        A float16 gradient waits, so that the factor of a loss scale reaches it before it is
+        rounded: 1/N alone underflows.
+        """
+        return self.inplace or (name in AT_ONCE and dtype != jnp.float16)
+
+    def objective(self, weights: algebra.Objective) -> algebra.Objective:
+        """The weights with the number 0 for an entropy coefficient that is 0 for good."""
+        return weights if self.entropy else weights._replace(entropy_coef=0.0)
+
+
+class Kept(NamedTuple):
+    """From the forward pass to the backward pass."""
+
+    dlogits: jax.Array  # or the logits, where the gradient is not computed at once
+    labels: jax.Array
+    row_max: jax.Array
+    logsum: jax.Array
+    coefficients: tuple[jax.Array, jax.Array, jax.Array]  # A, B, C of row_grad
+    dvalues: jax.Array | None
+    dnext_values: jax.Array | None
+
+
+Heads = tuple[jax.Array | None, jax.Array | None]  # values and next_values
+Metrics = dict[str, jax.Array] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scalar_loss(
+    static: Static,
+    logits: jax.Array,
+    heads: Heads,
+    rows: algebra.Rows,
+    weights: algebra.Objective,
+) -> tuple[jax.Array, Metrics]:
+    """The loss, differentiable by logits and heads, and the metrics, which are constants."""
+    loss = static.objective(weights)
+    stats = statistics(logits, rows, static.entropy, static.backend)
+    values, next_values = heads
+    step = algebra.transition(
+        jnp, rows.kind, stats, loss.gamma, next_values=next_values, values=values
+    )
+    total = jnp.sum(algebra.row_losses(jnp, loss, stats, step.reward))
+    return total, _metrics(static, rows, loss, stats, step)
+
+
+def _forward(
+    static: Static,
+    logits: jax.Array,
+    heads: Heads,
+    rows: algebra.Rows,
+    weights: algebra.Objective,
+) -> tuple[tuple[jax.Array, Metrics], Kept]:
+    def by(name: str) -> Any:
+        run = _at_once if static.at_once(name, logits.dtype) else _in_two_steps
+        return functools.partial(run, static, name)
+
+    logits = differentiable.once(logits)
+    total, metrics, kept = dispatch(static.backend, by, logits, heads, rows, weights)
+    return (total, metrics), kept
+
+
+def _at_once(
+    static: Static,
+    name: str,
+    logits: jax.Array,
+    heads: Heads,
+    rows: algebra.Rows,
+    weights: algebra.Objective,
+) -> tuple[jax.Array, Metrics, Kept]:
+    loss = static.objective(weights)
+    values, next_values = heads
+    out = algebra.single_pass(
+        jnp,
+        BACKENDS[name],
+        logits,
+        rows,
+        loss,
+        next_values=next_values,
+        values=values,
+        detach_next=static.detach_next,
+    )
+    nothing = jnp.zeros_like(out.stats.value)
+    kept = Kept(
+        out.dlogits, rows.labels, nothing, nothing, (nothing,) * 3, out.dvalues, out.dnext_values
+    )
+    return out.loss, _metrics(static, rows, loss, out.stats, out.step), kept
+
+
+def _in_two_steps(
+    static: Static,
+    name: str,
+    logits: jax.Array,
+    heads: Heads,
+    rows: algebra.Rows,
+    weights: algebra.Objective,
+) -> tuple[jax.Array, Metrics, Kept]:
+    loss = static.objective(weights)
+    row_max, logsum, label_logit, h = BACKENDS[name].row_stats(logits, rows.labels, static.entropy)
+
+    def of_statistics(
+        logsum: jax.Array, label_logit: jax.Array, h: jax.Array | None, heads: Heads
+    ) -> tuple[jax.Array, tuple[algebra.Statistics, algebra.Transition]]:
+        stats = algebra.statistics(jnp, rows.labels, row_max, logsum, label_logit, h)
+        values, next_values = heads
+        step = algebra.transition(
+            jnp,
+            rows.kind,
+            stats,
+            loss.gamma,
+            next_values=next_values,
+            values=values,
+            stop_gradient=jax.lax.stop_gradient if static.detach_next else None,
+        )
+        return jnp.sum(algebra.row_losses(jnp, loss, stats, step.reward)), (stats, step)
+
+    gradient = jax.value_and_grad(of_statistics, argnums=(0, 1, 2, 3), has_aux=True)
+    (total, (stats, step)), above = gradient(logsum, label_logit, h, heads)
+    dlogsum, dlabel_logit, dh, (dvalues, dnext_values) = above
+    coefficients = differentiable.row_coefficients(h, dlogsum, dlabel_logit, dh)
+    kept = Kept(logits, rows.labels, row_max, logsum, coefficients, dvalues, dnext_values)
+    return total, _metrics(static, rows, loss, stats, step), kept
+
+
+def _backward(static: Static, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple[Any, ...]:
+    factor = above[0]
+
+    def by(name: str) -> Any:
+        if static.at_once(name, kept.dlogits.dtype):
+            return lambda kept: (kept.dlogits * factor).astype(kept.dlogits.dtype)
+        return functools.partial(_row_grad, name, factor)
+
+    dlogits = dispatch(static.backend, by, kept)
+    dvalues, dnext_values = (
+        None if x is None else factor * x for x in (kept.dvalues, kept.dnext_values)
+    )
+    return dlogits, (dvalues, dnext_values), None, None
+
+
+def _row_grad(name: str, factor: jax.Array, kept: Kept) -> jax.Array:
+    scaled = [factor * x for x in kept.coefficients]
+    gradient: jax.Array = BACKENDS[name].row_grad(
+        kept.dlogits, kept.labels, kept.row_max, kept.logsum, *scaled
+    )
+    return gradient
+
+
+scalar_loss.defvjp(_forward, _backward)
+
+
+def statistics(
+    logits: jax.Array, rows: algebra.Rows, entropy: bool, backend: str
+) -> algebra.Statistics:
+    """Row statistics from one read of the logits, differentiable."""
+    return algebra.statistics(
+        jnp, rows.labels, *differentiable.row_stats(logits, rows.labels, entropy, backend)
+    )
+
+
+def _metrics(
+    static: Static,
+    rows: algebra.Rows,
+    loss: algebra.Objective,
+    stats: algebra.Statistics,
+    step: algebra.Transition,
+) -> Metrics:
+    return algebra.metrics(jnp, rows.kind, loss, stats, step) if static.metrics else None
