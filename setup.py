@@ -3,12 +3,17 @@
 * ``kernels/`` on disk is the import package ``irl_ops.kernels``. A top-level ``kernels`` would
   collide with the distribution of that name, which transformers looks for.
 * ``irl_ops._native`` is built from ``kernels/cpu`` and ``bindings`` with a C++17 compiler. Neither
-  torch nor jax is needed to build it.
+  torch nor jax is needed to build it; of the pinned jaxlib, a build requirement, it takes the
+  headers of XLA's FFI. Without them JAX reaches the kernels through a callback.
+* The environment variable ``IRL_OPS_XLA_INCLUDE`` names another folder with these headers, that
+  holds ``xla/ffi/api/ffi.h``; ``none`` builds without.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import tomllib
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -34,6 +39,40 @@ def packages() -> list[str]:
     return [*own, "irl_ops.kernels", *kernels]
 
 
+def xla_include() -> str | None:
+    """The folder of XLA's headers, or None to build without.
+
+    Newer headers than those of the pinned jaxlib would do harm: XLA refuses targets that are newer
+    than itself, with an error that takes the whole CPU backend along.
+    """
+    named = os.environ.get("IRL_OPS_XLA_INCLUDE")
+    if named == "none":
+        return None
+    folder = Path(named) if named else pinned_jaxlib()
+    if folder is None:
+        return None
+    if not (folder / XLA_HEADER).is_file():
+        raise FileNotFoundError(f"IRL_OPS_XLA_INCLUDE is {named!r}, without {XLA_HEADER} in it")
+    return str(folder)
+
+
+def pinned_jaxlib() -> Path | None:
+    """The headers of the jaxlib that pyproject.toml asks for, where that very one is installed."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    (pinned,) = (line for line in build["requires"] if line.startswith("jaxlib=="))
+    try:
+        jaxlib = importlib.metadata.distribution("jaxlib")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if jaxlib.version != pinned.partition(";")[0].partition("==")[2].strip():
+        return None
+    return Path(str(jaxlib.locate_file("jaxlib/include")))
+
+
+XLA_HEADER = "xla/ffi/api/ffi.h"
+XLA_INCLUDE = xla_include()
+print(f"irl_ops._native: XLA's headers are {XLA_INCLUDE or 'absent; JAX will use a callback'}")
+
 # -ffast-math is absent on purpose: it would change the meaning of NaN and inf, and before gcc 13
 # linking with it sets flush-to-zero for the whole process.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -42,10 +81,11 @@ native = Pybind11Extension(
     "irl_ops._native",
     files("kernels/cpu/*.cpp", "bindings/*.cpp"),
     include_dirs=["kernels/cpu"],
+    define_macros=[("IRL_OPS_XLA", "1")] if XLA_INCLUDE else [],
     # setup.py is a dependency because the flags live here: without it, a change of flags alone
     # would leave the old extension in place.
     depends=[*files("kernels/cpu/*.h", "bindings/*.h"), "setup.py"],
-    extra_compile_args=[*FLAGS, "-pthread"],
+    extra_compile_args=[*FLAGS, "-pthread", *(["-isystem", XLA_INCLUDE] if XLA_INCLUDE else [])],
     extra_link_args=["-pthread"],
     cxx_std=17,
 )

@@ -51,3 +51,6 @@ inline irl::Rows parse_rows(const std::string& dtype, const Axes& sizes, Axes st
 
 // Adds Call and loss_and_grad to the module.
 void define_calls(pybind11::module_& module);
+
+// Adds xla_targets and xla_api to the module.
+void define_xla(pybind11::module_& module);

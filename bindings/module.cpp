@@ -1,4 +1,4 @@
-// irl_ops._native: the row kernels behind raw addresses. Neither includes nor links a framework.
+// irl_ops._native: the row kernels behind raw addresses. Links no framework.
 #include <string>
 #include <utility>
 
@@ -108,6 +108,7 @@ PYBIND11_MODULE(_native, module) {
       [](Address parallel) { irl::use_openmp(reinterpret_cast<irl::GompParallel>(parallel)); },
       arg("parallel"));
   define_calls(module);
+  define_xla(module);
   module.def("isa", [] { return irl::find_isa("").name; });
   module.def("isas", &isas);
 }

@@ -127,5 +127,10 @@ def loss_and_grad(
     """Loss, nll, value, entropy, td, reward, tokens; or the first row whose label is bad."""
 
 def use_openmp(parallel: int) -> None: ...
+def xla_targets() -> dict[str, object]:
+    """Capsules for ``jax.ffi.register_ffi_target``, by kernel; none in a build without XLA."""
+
+xla_api: tuple[int, int] | None  # of the headers that the targets were built with
+
 def isa() -> str: ...
 def isas() -> tuple[str, ...]: ...
