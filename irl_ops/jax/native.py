@@ -1,0 +1,241 @@
+"""The C++ row kernels in JAX programs on CPUs.
+
+XLA calls the kernels itself, on its own buffers and with its own threads. A build of the extension
+without XLA's headers, or with newer ones than the running jaxlib's, is reached through Python, by
+``jax.pure_callback``: the results are the same bits, and the gradient is copied once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from irl_ops.jax.operation import Function, operation
+from irl_ops.kernels import reference
+
+try:
+    from irl_ops import _native
+except ImportError as error:  # a source tree that was not built; unavailable() says so
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+NDArray = np.ndarray[Any, np.dtype[Any]]
+
+
+def unavailable(platform: str) -> str | None:
+    """Why this backend cannot serve ``platform``, or None."""
+    if _import_error is not None:
+        return f"the extension irl_ops._native does not load ({_import_error}); run pip install ."
+    return None if platform == "cpu" else "the C++ kernels run on the CPU"
+
+
+def row_stats(
+    logits: jax.Array, labels: jax.Array, entropy: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
+    row_max, logsum, picked, *h = _row_stats.bind(logits, labels, entropy=entropy)
+    return row_max, logsum, picked, h[0] if entropy else None
+
+
+def row_grad(
+    logits: jax.Array,
+    labels: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+) -> jax.Array:
+    """``p_j (A + B log p_j) + C 1{j = label}``, in the logits' storage if nobody reads it later."""
+    (dlogits,) = _row_grad.bind(logits, labels, row_max, logsum, a, b, c)
+    gradient: jax.Array = dlogits
+    return gradient
+
+
+def row_stats_grad(
+    logits: jax.Array, alpha: jax.Array, beta: jax.Array, entropy_weight: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """``(row_max, logsum, entropy, dlogits)`` in one read and one write, stored likewise."""
+    weights = () if entropy_weight is None else (entropy_weight,)
+    row_max, logsum, *h, dlogits = _row_stats_grad.bind(logits, alpha, beta, *weights)
+    return row_max, logsum, h[0] if h else None, dlogits
+
+
+def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
+    (picked,) = _label_logit.bind(logits, labels)
+    vector: jax.Array = picked
+    return vector
+
+
+def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
+    """The gradient with the elements at the labels replaced, in its own storage, likewise."""
+    (replaced,) = _set_label.bind(dlogits, labels, elements)
+    gradient: jax.Array = replaced
+    return gradient
+
+
+# --- What an operation becomes: a call from XLA, or a call through Python ---
+
+
+def _run_row_stats(q: jax.Array, labels: jax.Array, entropy: bool = False) -> Any:
+    return _call("row_stats", [_vector(q)] * (4 if entropy else 3), q, labels)
+
+
+def _run_row_grad(q: jax.Array, *vectors: jax.Array) -> Any:
+    return _call("row_grad", [_like(q)], q, *vectors, aliases={0: 0})[0]
+
+
+def _run_row_stats_grad(q: jax.Array, *coefficients: jax.Array) -> Any:
+    out = [_vector(q), _vector(q), _like(q), *[_vector(q)] * (len(coefficients) - 2)]
+    row_max, logsum, dlogits, *h = _call("row_stats_grad", out, q, *coefficients, aliases={0: 2})
+    return row_max, logsum, *h, dlogits
+
+
+def _run_label_logit(q: jax.Array, labels: jax.Array) -> Any:
+    return _call("label_logit", [_vector(q)], q, labels)[0]
+
+
+def _run_set_label(y: jax.Array, labels: jax.Array, elements: jax.Array) -> Any:
+    return _call("set_label", [_like(y)], y, labels, elements, aliases={0: 0})[0]
+
+
+def _call(
+    name: str,
+    out: list[Any],
+    q: jax.Array,
+    *given: jax.Array,
+    aliases: dict[int, int] | None = None,
+) -> tuple[jax.Array, ...]:
+    if called_by_xla():
+        target = jax.ffi.ffi_call(f"irl_ops_{name}", out, input_output_aliases=aliases)
+        return tuple(target(q, *given))
+    # JAX may hand a callback 64-bit integers cut to 32 bits
+    narrow = (
+        jnp.clip(x, -1, q.shape[-1]).astype(jnp.int32) if x.dtype == jnp.int64 else x for x in given
+    )
+    callback = functools.partial(_through_python, name, out)
+    return tuple(jax.pure_callback(callback, out, q, *narrow))
+
+
+@functools.cache
+def called_by_xla() -> bool:
+    """Whether XLA can call the kernels itself; if so, they are made known to it."""
+    built = _native.xla_api
+    if built is None:
+        return False
+    running = _running_api()
+    # XLA takes targets that were built with its own headers or older ones
+    if built[0] != running[0] or built[1] > running[1]:
+        return False
+    for name, target in _native.xla_targets().items():
+        jax.ffi.register_ffi_target(f"irl_ops_{name}", target, platform="cpu")
+    return True
+
+
+def _running_api() -> tuple[int, int]:
+    """The version of XLA's FFI in the jaxlib that runs."""
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(found["MAJOR"]), int(found["MINOR"])
+
+
+def _vector(q: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)  # type: ignore[no-untyped-call]
+
+
+def _like(q: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(q.shape, q.dtype)  # type: ignore[no-untyped-call]
+
+
+# --- The same calls on NumPy arrays ---
+
+
+def _through_python(name: str, out: list[Any], *given: Any) -> list[NDArray]:
+    arrays = [np.ascontiguousarray(x).reshape(x.shape) for x in given]
+    results = [np.empty(x.shape, x.dtype) for x in out]
+    _CALLBACKS[name](results, *arrays)
+    return results
+
+
+def _row_stats_callback(out: list[NDArray], q: NDArray, labels: NDArray) -> None:
+    vectors = out if len(out) == 4 else [*out, None]
+    row_max, logsum, picked, h = (_address(x) for x in vectors)
+    labels = labels.astype(np.int64)  # under a name, so that it lives through the call
+    _native.row_stats(*_rows(q), _address(labels), row_max, logsum, picked, h, _threads())
+
+
+def _row_grad_callback(out: list[NDArray], q: NDArray, labels: NDArray, *vectors: NDArray) -> None:
+    row_max, logsum, a, b, c = (_address(x) for x in vectors)
+    labels = labels.astype(np.int64)
+    y, _, _, strides, _ = _rows(out[0])
+    _native.row_grad(*_rows(q), _address(labels), row_max, logsum, a, b, c, y, strides, _threads())
+
+
+def _row_stats_grad_callback(
+    out: list[NDArray], q: NDArray, alpha: NDArray, beta: NDArray, weight: NDArray | None = None
+) -> None:
+    row_max, logsum, h = (
+        _address(out[0]),
+        _address(out[1]),
+        _address(None if weight is None else out[3]),
+    )
+    y, _, _, strides, _ = _rows(out[2])
+    _native.row_stats_grad(
+        *_rows(q), _address(alpha), _address(beta), _address(weight),
+        row_max, logsum, h, y, strides, _threads(),
+    )  # fmt: skip
+
+
+def _label_logit_callback(out: list[NDArray], q: NDArray, labels: NDArray) -> None:
+    labels = labels.astype(np.int64)
+    _native.label_logit(*_rows(q), _address(labels), _address(out[0]))
+
+
+def _set_label_callback(out: list[NDArray], y: NDArray, labels: NDArray, elements: NDArray) -> None:
+    out[0][...] = y
+    labels = labels.astype(np.int64)
+    _native.set_label(*_rows(out[0]), _address(labels), _address(elements))
+
+
+def _rows(x: NDArray) -> tuple[int, str, list[int], list[int], int]:
+    vocab = x.shape[-1]
+    return _address(x), x.dtype.name, [math.prod(x.shape[:-1])], [vocab], vocab
+
+
+def _address(x: NDArray | None) -> int:
+    return 0 if x is None else x.ctypes.data
+
+
+def _threads() -> int:
+    return os.cpu_count() or 1
+
+
+_CALLBACKS: dict[str, Callable[..., None]] = {
+    "row_stats": _row_stats_callback,
+    "row_grad": _row_grad_callback,
+    "row_stats_grad": _row_stats_grad_callback,
+    "label_logit": _label_logit_callback,
+    "set_label": _set_label_callback,
+}
+
+
+def _operation(plain: Function, run: Function) -> Any:
+    return operation(plain, cpu=lambda _: run)
+
+
+_row_stats = _operation(reference.row_stats, _run_row_stats)
+_row_grad = _operation(reference.row_grad, _run_row_grad)
+_row_stats_grad = _operation(reference.row_stats_grad, _run_row_stats_grad)
+_label_logit = _operation(reference.label_logit, _run_label_logit)
+_set_label = _operation(reference.set_label, _run_set_label)
