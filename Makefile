@@ -19,7 +19,7 @@ endif
 export CXX
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
+.PHONY: help test demo demo-jax bench aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -29,6 +29,10 @@ test: $(READY)  ## run the tests
 
 demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
 	$(BIN)/python examples/finetune_transformers.py $(ARGS)
+
+demo-jax:       ## the same in JAX, with flax and optax
+	@$(MAKE) --no-print-directory EXTRAS=demo-jax $(READY)
+	$(BIN)/python examples/jax_finetune.py $(ARGS)
 
 bench: $(READY) ## time the losses beside a copy of the logits and other libraries
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
