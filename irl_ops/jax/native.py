@@ -1,25 +1,21 @@
 """The C++ row kernels in JAX programs on CPUs.
 
 XLA calls the kernels itself, on its own buffers and with its own threads. A build of the extension
-without XLA's headers, or with newer ones than the running jaxlib's, is reached through Python, by
-``jax.pure_callback``: the results are the same bits, and the gradient is copied once more.
+without XLA's headers, or with newer ones than the running jaxlib's, is reached by a callback to
+Python: the results are the same bits, and the gradient is copied once more.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from irl_ops.jax.operation import Function, operation
+from irl_ops.jax.operation import Function, _devices, operation
 from irl_ops.kernels import reference
 
 try:
@@ -28,8 +24,6 @@ except ImportError as error:  # a source tree that was not built; unavailable() 
     _import_error: ImportError | None = error
 else:
     _import_error = None
-
-NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
 def unavailable(platform: str) -> str | None:
@@ -120,12 +114,9 @@ def _call(
     if called_by_xla():
         target = jax.ffi.ffi_call(f"irl_ops_{name}", out, input_output_aliases=aliases)
         return tuple(target(q, *given))
-    # JAX may hand a callback 64-bit integers cut to 32 bits
-    narrow = (
-        jnp.clip(x, -1, q.shape[-1]).astype(jnp.int32) if x.dtype == jnp.int64 else x for x in given
-    )
-    callback = functools.partial(_through_python, name, out)
-    return tuple(jax.pure_callback(callback, out, q, *narrow))
+    from irl_ops.jax.callback import through_python
+
+    return through_python(name, out, q, *given)
 
 
 @functools.cache
@@ -158,80 +149,17 @@ def _like(q: jax.Array) -> Any:
     return jax.ShapeDtypeStruct(q.shape, q.dtype)  # type: ignore[no-untyped-call]
 
 
-# --- The same calls on NumPy arrays ---
-
-
-def _through_python(name: str, out: list[Any], *given: Any) -> list[NDArray]:
-    arrays = [np.ascontiguousarray(x).reshape(x.shape) for x in given]
-    results = [np.empty(x.shape, x.dtype) for x in out]
-    _CALLBACKS[name](results, *arrays)
-    return results
-
-
-def _row_stats_callback(out: list[NDArray], q: NDArray, labels: NDArray) -> None:
-    vectors = out if len(out) == 4 else [*out, None]
-    row_max, logsum, picked, h = (_address(x) for x in vectors)
-    labels = labels.astype(np.int64)  # under a name, so that it lives through the call
-    _native.row_stats(*_rows(q), _address(labels), row_max, logsum, picked, h, _threads())
-
-
-def _row_grad_callback(out: list[NDArray], q: NDArray, labels: NDArray, *vectors: NDArray) -> None:
-    row_max, logsum, a, b, c = (_address(x) for x in vectors)
-    labels = labels.astype(np.int64)
-    y, _, _, strides, _ = _rows(out[0])
-    _native.row_grad(*_rows(q), _address(labels), row_max, logsum, a, b, c, y, strides, _threads())
-
-
-def _row_stats_grad_callback(
-    out: list[NDArray], q: NDArray, alpha: NDArray, beta: NDArray, weight: NDArray | None = None
-) -> None:
-    row_max, logsum, h = (
-        _address(out[0]),
-        _address(out[1]),
-        _address(None if weight is None else out[3]),
-    )
-    y, _, _, strides, _ = _rows(out[2])
-    _native.row_stats_grad(
-        *_rows(q), _address(alpha), _address(beta), _address(weight),
-        row_max, logsum, h, y, strides, _threads(),
-    )  # fmt: skip
-
-
-def _label_logit_callback(out: list[NDArray], q: NDArray, labels: NDArray) -> None:
-    labels = labels.astype(np.int64)
-    _native.label_logit(*_rows(q), _address(labels), _address(out[0]))
-
-
-def _set_label_callback(out: list[NDArray], y: NDArray, labels: NDArray, elements: NDArray) -> None:
-    out[0][...] = y
-    labels = labels.astype(np.int64)
-    _native.set_label(*_rows(out[0]), _address(labels), _address(elements))
-
-
-def _rows(x: NDArray) -> tuple[int, str, list[int], list[int], int]:
-    vocab = x.shape[-1]
-    return _address(x), x.dtype.name, [math.prod(x.shape[:-1])], [vocab], vocab
-
-
-def _address(x: NDArray | None) -> int:
-    return 0 if x is None else x.ctypes.data
-
-
-def _threads() -> int:
-    return os.cpu_count() or 1
-
-
-_CALLBACKS: dict[str, Callable[..., None]] = {
-    "row_stats": _row_stats_callback,
-    "row_grad": _row_grad_callback,
-    "row_stats_grad": _row_stats_grad_callback,
-    "label_logit": _label_logit_callback,
-    "set_label": _set_label_callback,
-}
-
-
 def _operation(plain: Function, run: Function) -> Any:
-    return operation(plain, cpu=lambda _: run)
+    def choose(ctx: Any) -> Function:
+        if _devices(ctx) > 1 and not called_by_xla():
+            raise NotImplementedError(
+                "XLA cannot call this build of irl_ops._native itself, and JAX cannot partition a "
+                "callback over devices; accepted: shard_map, backend='reference', or a build with "
+                "XLA's headers (see IRL_OPS_XLA_INCLUDE in setup.py)"
+            )
+        return run
+
+    return operation(plain, cpu=choose)
 
 
 _row_stats = _operation(reference.row_stats, _run_row_stats)
