@@ -23,6 +23,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 settings.register_profile("irl_ops", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("irl_ops")
 
+# JAX looks for accelerators when it is first used; with libtpu installed it would wait for one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # Triton's kernels are interpreted. The variable counts when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if importlib.util.find_spec("triton"):
@@ -33,11 +36,11 @@ if importlib.util.find_spec("triton"):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """The interpreter takes milliseconds for a row: of random batches it gets one in ten."""
+    """An interpreter takes milliseconds for a row: of random batches it gets one in ten."""
     test = getattr(item, "obj", None)
     usual = getattr(test, "_hypothesis_internal_use_settings", None)
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    if usual is None or params.get("backend") != "triton":
+    if usual is None or params.get("backend") not in ("triton", "pallas"):
         return (yield)
     test._hypothesis_internal_use_settings = settings(usual, max_examples=usual.max_examples // 10)
     try:

@@ -97,8 +97,8 @@ def main(folder: Path) -> None:
             }
             torch.save((update, logged), folder / f"{type(model).__name__}-{ranks}.pt")
     if ranks > 1:
-        # DDP's reducer goes before its process group. If it were the group's last owner, the group's
-        # threads would be joined under the GIL, which one of them can be waiting for.
+        # DDP's reducer goes before its process group. If it were the group's last owner, it would
+        # join the group's threads under the GIL, which one of them can be waiting for.
         del model, trainer
         gc.collect()
         torch.distributed.destroy_process_group()

@@ -1,5 +1,4 @@
-"""Bad input raises when it is traced, and the message names the argument, what came and what is
-accepted."""
+"""Bad input raises when it is traced: the argument is named, what came and what is accepted."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from irl_ops.algebra import BOUNDARIES, REDUCTIONS
@@ -95,16 +95,14 @@ def check_values(labels: Any, *, next_values: Any, values: Any) -> None:
 
 def check_scalar(name: str, x: Any, low: float, high: float, *, open_end: bool = False) -> None:
     """A number within [low, high], or a 0-d array, whose value is not looked at."""
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        if not _is_array(x):
-            raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d array")
+    if _is_array(x) and not isinstance(x, float):  # a numpy.float64 is a float
         if x.ndim != 0:
             raise ValueError(f"{name} has shape {list(x.shape)}; accepted: a number, a 0-d array")
-        if not np.issubdtype(x.dtype, np.integer) and not jax.dtypes.issubdtype(
-            x.dtype, np.floating
-        ):
+        if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise TypeError(f"{name} is {x.dtype}; accepted: an array of floats or integers")
         return
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d array")
     open_end = open_end or high == math.inf
     if not math.isfinite(x) or not (low <= x < high if open_end else low <= x <= high):
         end = ")" if open_end else "]"

@@ -72,9 +72,7 @@ def loss_of(
     if inplace and reduction == "none":
         raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
     entropy = not (isinstance(entropy_coef, int | float) and entropy_coef == 0)
-    static = Static(
-        detach_next, entropy, return_metrics, inplace, check_backend(backend, logits)
-    )
+    static = Static(detach_next, entropy, return_metrics, inplace, check_backend(backend, logits))
     total, metrics = _run(
         Program(objective, sequences, reduction, static),
         logits,

@@ -46,16 +46,14 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
         pairs = list(zip(given, axes, strict=True))
         size = next(x.shape[i] for x, i in pairs if i is not None)
         rows = [
-            jnp.broadcast_to(x, (size, *x.shape))
-            if i is None
-            else jnp.moveaxis(x, i, 0)
+            jnp.broadcast_to(x, (size, *x.shape)) if i is None else jnp.moveaxis(x, i, 0)
             for x, i in pairs
         ]
         out: list[jax.Array] = made.bind(*rows, **static)
         return out, [0] * len(out)
 
     def lower(choose: Callable[[Any], Function], ctx: Any, *given: Any, **static: Any) -> Any:
-        run = functools.partial(_listed, choose(ctx), **static)
+        run: Function = functools.partial(_listed, choose(ctx), **static)
         if _devices(ctx) > 1:
             run = _by_rows(run, [x.ndim for x in ctx.avals_in], [x.ndim for x in ctx.avals_out])
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
@@ -110,7 +108,7 @@ def _by_rows(run: Function, given: list[int], out: list[int]) -> Function:
     def spread(mesh: Any, logits: Any, ndims: list[int]) -> tuple[NamedSharding, ...]:
         spec = tuple(logits.sharding.spec)[:lead]
         spec += (None,) * (lead - len(spec))
-        return tuple(NamedSharding(mesh, PartitionSpec(*spec, *[None] * (n - lead))) for n in ndims)
+        return tuple(NamedSharding(mesh, PartitionSpec(*spec, *[None] * (n - lead))) for n in ndims)  # type: ignore[no-untyped-call]
 
     def partition(mesh: Any, shapes: Any, results: Any) -> Any:
         return mesh, run, list(spread(mesh, shapes[0], out)), spread(mesh, shapes[0], given)
@@ -118,8 +116,8 @@ def _by_rows(run: Function, given: list[int], out: list[int]) -> Function:
     def infer(mesh: Any, shapes: Any, results: Any) -> Any:
         return list(spread(mesh, shapes[0], out))
 
-    spread_over_devices = custom_partitioning(run)
-    spread_over_devices.def_partition(
+    spread_over_devices = custom_partitioning(run)  # type: ignore[no-untyped-call]
+    spread_over_devices.def_partition(  # type: ignore[no-untyped-call]
         partition=partition,
         infer_sharding_from_operands=infer,
         sharding_rule=f"{rule(given, 'v')} -> {rule(out, 'w')}",
@@ -129,7 +127,7 @@ def _by_rows(run: Function, given: list[int], out: list[int]) -> Function:
 
 
 def _varying(result: Any, given: Any) -> Any:
-    """The result's type, varying over every axis of a ``shard_map`` that an argument varies over."""
+    """The result's type, varying over the axes of a ``shard_map`` that an argument varies over."""
     over = frozenset().union(*(getattr(x, "vma", frozenset()) for x in given))
     return result.update(vma=over) if over else result
 

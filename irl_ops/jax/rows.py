@@ -31,6 +31,7 @@ def row_stats(logits: jax.Array, labels: jax.Array, entropy: bool, backend: str)
 def _forward(
     logits: jax.Array, labels: jax.Array, entropy: bool, backend: str
 ) -> tuple[RowStats, Any]:
+    logits = once(logits)
     row_max, logsum, label_logit, h = row_stats(logits, labels, entropy, backend)
     return (row_max, logsum, label_logit, h), (logits, labels, row_max, logsum, h)
 
@@ -41,7 +42,7 @@ def _backward(
     logits, labels, row_max, logsum, h = saved
     _, dlogsum, dlabel_logit, dh = above
     coefficients = row_coefficients(h, dlogsum, dlabel_logit, dh)
-    return row_grad(backend, once(logits), labels, row_max, logsum, *coefficients), None
+    return row_grad(backend, logits, labels, row_max, logsum, *coefficients), None
 
 
 row_stats.defvjp(_forward, _backward)
@@ -56,7 +57,7 @@ def row_grad(backend: str, *arrays: jax.Array) -> jax.Array:
 def row_coefficients(
     entropy: jax.Array | None, dlogsum: jax.Array, dlabel_logit: jax.Array, dh: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A, B, C of ``row_grad`` from the gradients of the statistics: dH/dq_j = -p_j (log p_j + H)."""
+    """A, B, C of ``row_grad`` from the statistics' gradients: dH/dq_j = -p_j (log p_j + H)."""
     if entropy is None or dh is None:
         return dlogsum, jnp.zeros_like(dlogsum), dlabel_logit
     return dlogsum - jnp.where(dh != 0, dh * entropy, 0.0), -dh, dlabel_logit
@@ -64,7 +65,7 @@ def row_coefficients(
 
 @jax.custom_jvp
 def once(x: jax.Array) -> jax.Array:
-    """``x``, in a backward pass that cannot be differentiated."""
+    """``x``, at the start of a pass that prepares a gradient: a second one would come by here."""
     return x
 
 

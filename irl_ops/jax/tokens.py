@@ -115,7 +115,10 @@ def token_stats(
     arguments.check_values(labels, next_values=next_values, values=values)
     backend = check_backend(backend, logits)
     heads = values, next_values
-    return _run(sequences, detach_next, entropy, backend, logits, labels, markers, heads, gamma)
+    stats: TokenStats = _run(
+        sequences, detach_next, entropy, backend, logits, labels, markers, heads, gamma
+    )
+    return stats
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -1,0 +1,73 @@
+"""The batches of ``cases`` for irl_ops.jax."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import naive
+from .cases import Case, Outcome, assert_close, tolerance
+from .cases import differentiate as differentiate_torch
+
+
+def array(x: Any) -> Any:
+    """A torch tensor as a NumPy array of the same dtype; anything else as it is."""
+    if isinstance(x, tuple):
+        return tuple(map(array, x))
+    if not isinstance(x, Tensor):
+        return x
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.contiguous().numpy()
+
+
+def tensor(x: Any) -> Tensor:
+    x = np.asarray(x)
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(x.copy())
+
+
+def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    return (
+        array(case.logits),
+        array(case.labels),
+        {name: array(x) for name, x in case.options.items()},
+    )
+
+
+def differentiate(function: Callable[..., Any], case: Case) -> Outcome:
+    """The loss and its gradients, with the gradient from above put in as JAX does."""
+    logits, labels, options = arrays(case)
+    heads = {n: options.pop(n) for n in ("values", "next_values") if options.get(n) is not None}
+
+    @jax.jit
+    def run(logits: Any, heads: Any, upstream: Any) -> Any:
+        loss, pull = jax.vjp(lambda q, h: function(q, labels, **options, **h), logits, heads)
+        return loss, *pull(jnp.broadcast_to(jnp.asarray(upstream, loss.dtype), loss.shape))
+
+    loss, dlogits, dheads = run(logits, heads, array(case.upstream))
+    back = (tensor(dheads[n]) if n in heads else None for n in ("values", "next_values"))
+    return Outcome(tensor(loss), tensor(dlogits), *back)
+
+
+def check(function: Callable[..., Any], case: Case) -> None:
+    """Loss and gradients of ``function`` against the naive loss and its autograd."""
+    actual = differentiate(function, case)
+    expected = differentiate_torch(
+        lambda *args, **options: naive.loss(case.name, *args, **options)[0], case, torch.float64
+    )
+    error = tolerance(case)
+    assert actual.loss.dtype == torch.float32
+    assert_close(actual.loss, expected.loss, error.loss, 1)
+    assert actual.logits.dtype == case.leaf.dtype
+    # the gradient is rounded when it is written, and again when it is scaled
+    scaled = case.options.get("reduction") != "none" and case.upstream != 1.0
+    assert_close(actual.logits, expected.logits, error.logits, 2 if scaled else 1)
+    assert_close(actual.values, expected.values, error.values, 1)
+    assert_close(actual.next_values, expected.next_values, error.next_values, 1)
