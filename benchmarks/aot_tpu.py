@@ -93,10 +93,8 @@ def run(job: Job) -> Result:
     """Compiles and judges."""
     import tpu_programs as programs
 
-    from irl_ops.jax import pallas
-
     losses = {
-        "pallas": programs.kernel_loss(pallas),
+        "pallas": programs.fused,
         "selecting": programs.selecting,
         "gathering": programs.gathering,
     }

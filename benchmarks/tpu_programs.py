@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+import irl_ops.jax as irl
 from irl_ops import algebra
-from irl_ops.jax import pallas
 
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -80,37 +79,12 @@ def logits_alone(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax
 
 def gradient_alone(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
     """Loss and gradient of the logits in a single pass, for a reader that is not a matmul."""
-    logits = hidden @ weight
-    rows = algebra.rows_of(jnp, labels, logits.shape[-1])
-    out = algebra.single_pass(jnp, pallas, logits, rows, _objective(rows))
-    return out.loss, out.dlogits
+    loss = functools.partial(irl.iqlearn_loss, lam=LAM, gamma=GAMMA, inplace=True)
+    value_and_gradient: tuple[Any, ...] = jax.value_and_grad(loss)(hidden @ weight, labels)
+    return value_and_gradient
 
 
-def kernel_loss(kernels: ModuleType) -> Loss:
-    """IQLearn on a backend's row_stats, differentiated by its row_grad."""
-
-    @jax.custom_vjp
-    def stats(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
-        return forward(logits, labels)[0]
-
-    def forward(logits: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-        row_max, logsum, label_logit, _ = kernels.row_stats(logits, labels, False)
-        of = algebra.statistics(jnp, labels, row_max, logsum, label_logit, None)
-        return (of.value, of.label_logit, of.logprob), (logits, labels, row_max, logsum)
-
-    def backward(saved: Any, given: Any) -> tuple[jax.Array, None]:
-        value, label_logit, logprob = given
-        logits, labels, row_max, logsum = saved
-        a, b, c = value - logprob, jnp.zeros_like(value), label_logit + logprob
-        return kernels.row_grad(logits, labels, row_max, logsum, a, b, c), None
-
-    stats.defvjp(forward, backward)
-
-    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        rows = algebra.rows_of(jnp, labels, logits.shape[-1])
-        return _iqlearn(rows, algebra.Statistics(*stats(logits, rows.labels), None))
-
-    return loss
+fused = functools.partial(irl.iqlearn_loss, lam=LAM, gamma=GAMMA)
 
 
 def selecting(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -133,11 +107,7 @@ def _plain(q: jax.Array, labels: jax.Array, label_logit: jax.Array) -> jax.Array
 
 
 def _iqlearn(rows: algebra.Rows, stats: algebra.Statistics) -> jax.Array:
-    objective = _objective(rows)
+    ones = jnp.ones(rows.labels.shape, jnp.float32)
+    objective = algebra.iqlearn_objective(jnp, rows.kind, ones, lam=LAM, gamma=GAMMA)
     reward = algebra.transition(jnp, rows.kind, stats, GAMMA).reward
     return algebra.row_losses(jnp, objective, stats, reward).sum()
-
-
-def _objective(rows: algebra.Rows) -> algebra.Objective:
-    ones = jnp.ones(rows.labels.shape, jnp.float32)
-    return algebra.iqlearn_objective(jnp, rows.kind, ones, lam=LAM, gamma=GAMMA)
