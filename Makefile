@@ -34,7 +34,7 @@ demo-jax:       ## the same in JAX, with flax and optax
 	@$(MAKE) --no-print-directory EXTRAS=demo-jax $(READY)
 	$(BIN)/python examples/jax_finetune.py $(ARGS)
 
-bench: $(READY) ## time the losses beside a copy of the logits and other libraries
+bench: $(READY) ## time the losses of torch and of JAX beside a copy of the logits and other libraries
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
 
 aot-gpu: $(READY)  ## compile the GPU kernels for GPUs that are not here; registers, spills, widths

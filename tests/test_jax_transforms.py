@@ -91,6 +91,27 @@ def test_logits_that_live_on_are_left_alone(backend: str) -> None:
     np.testing.assert_array_equal(LOGITS, before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["iqlearn_loss", "mle_loss", "online_iqlearn_loss", "token_stats"])
+def test_the_gradient_takes_the_storage_of_dead_logits(
+    name: str, entropy_coef: float, dtype: str
+) -> None:
+    logits = jax.ShapeDtypeStruct((2, 64, 4096), dtype)
+    labels = jnp.zeros((2, 64), jnp.int32)
+
+    def total(logits: Any) -> Any:
+        if name == "token_stats":
+            return irl.token_stats(logits, labels).reward.sum()
+        expert = [jnp.array([True, False])] if name.startswith("online") else []
+        return getattr(irl, name)(logits, labels, *expert, entropy_coef=entropy_coef)
+
+    program = jax.jit(jax.value_and_grad(total), donate_argnums=0).lower(logits).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= logits.size * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes < 0.02 * memory.alias_size_in_bytes
+
+
 def test_numbers_may_be_traced_and_compile_nothing_anew() -> None:
     traces = 0
 

@@ -10,6 +10,7 @@ gradient at once there too.
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def _at_once(
     values, next_values = heads
     out = algebra.single_pass(
         jnp,
-        BACKENDS[name],
+        Ordered(BACKENDS[name]),
         logits,
         rows,
         loss,
@@ -120,6 +121,34 @@ def _at_once(
         out.dlogits, rows.labels, nothing, nothing, (nothing,) * 3, out.dvalues, out.dnext_values
     )
     return out.loss, _metrics(static, rows, loss, out.stats, out.step), kept
+
+
+class Ordered:
+    """Row kernels that look at the labels' logits before the gradient may take their storage.
+
+    Where the gradient does not depend on them, as that of MLE, XLA would look afterwards, and copy
+    the logits to be able to. A sum with zeros that it cannot foresee makes the gradient depend on
+    them; it takes optimization barriers away before it orders its steps.
+    """
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+        self.set_label = kernels.set_label
+
+    def label_logit(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """``q[label]``, and a note of it."""
+        picked: jax.Array = self.kernels.label_logit(logits, labels)
+        self.picked = picked
+        return picked
+
+    def row_stats_grad(
+        self, logits: jax.Array, alpha: jax.Array, *weights: jax.Array | None
+    ) -> tuple[Any, ...]:
+        """Afterwards."""
+        zeros = 0.0 * jnp.where(jnp.isfinite(self.picked), self.picked, 0.0)
+        alpha = alpha + zeros
+        stats_and_gradient: tuple[Any, ...] = self.kernels.row_stats_grad(logits, alpha, *weights)
+        return stats_and_gradient
 
 
 def _in_two_steps(
