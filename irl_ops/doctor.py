@@ -1,6 +1,6 @@
 """``irl-ops doctor``: what this installation consists of, and whether its kernels compute rightly.
 
-Made for bug reports. It imports torch only where torch is installed, and NumPy always.
+Made for bug reports. It imports torch and JAX only where they are installed, and NumPy always.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def report() -> dict[str, Any]:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("IRL_OPS_")},
         "native": native,
         "torch_backends": torch_backends(),
+        "jax_backends": jax_backends(),
         "ok": native["ok"],
     }
 
@@ -151,6 +152,21 @@ def torch_backends() -> dict[str, dict[str, str]] | None:
     }
 
 
+def jax_backends() -> dict[str, dict[str, str]] | None:
+    """For each backend and platform, "available" or why it is not; None where JAX is absent."""
+    if version("jax") is None:
+        return None
+    import jax
+
+    from irl_ops.jax.backends import BACKENDS
+
+    here = dict.fromkeys(["cpu", jax.default_backend()])
+    return {
+        name: {platform: backend.unavailable(platform) or "available" for platform in here}
+        for name, backend in BACKENDS.items()
+    }
+
+
 def as_text(found: dict[str, Any]) -> str:
     """The report as lines to read, aligned."""
     lines = [
@@ -162,8 +178,9 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [(name, number or "not installed") for name, number in found["packages"].items()]
     lines += list(found["environment"].items())
     lines += [
-        (f"torch backend {name}", f"{device}: {answer}")
-        for name, answers in (found["torch_backends"] or {}).items()
+        (f"{framework} backend {name}", f"{device}: {answer}")
+        for framework in ("torch", "jax")
+        for name, answers in (found[f"{framework}_backends"] or {}).items()
         for device, answer in answers.items()
     ]
     native = found["native"]

@@ -47,3 +47,17 @@ def test_binding_compiles(source: Path, target: str, tmp_path: Path) -> None:
     pybind11 = pytest.importorskip("pybind11", reason="needs pybind11")
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
     compile_with_zig(target, source, tmp_path, *includes)
+
+
+@pytest.mark.parametrize("target", ["aarch64-linux-gnu", "aarch64-macos"])
+def test_targets_for_xla_compile(target: str, tmp_path: Path) -> None:
+    """With the headers of any jaxlib; a build takes those of the oldest."""
+    pybind11 = pytest.importorskip("pybind11", reason="needs pybind11")
+    jaxlib = importlib.util.find_spec("jaxlib")
+    if jaxlib is None or jaxlib.origin is None:
+        pytest.skip("needs jaxlib, for XLA's headers")
+    source = tmp_path / "xla.cpp"
+    source.write_text(f'#define IRL_OPS_XLA 1\n#include "{ROOT / "bindings/xla.cpp"}"\n')
+    headers = str(Path(jaxlib.origin).parent / "include")
+    includes = (pybind11.get_include(), sysconfig.get_path("include"), headers)
+    compile_with_zig(target, source, tmp_path, *includes)

@@ -29,6 +29,8 @@ def test_json_holds_the_whole_report(capsys):
     assert found["packages"]["numpy"]
     assert found["torch_backends"]["reference"]["cpu"] == "available"
     assert found["torch_backends"]["native"]["cpu"] == "available"
+    assert found["jax_backends"]["native"]["cpu"] == "available"
+    assert "NVIDIA" in found["jax_backends"]["triton"]["cpu"]
 
 
 def test_a_kernel_that_writes_nothing_fails(monkeypatch, capsys):
@@ -56,9 +58,9 @@ def test_a_missing_extension_is_reported_with_the_way_to_build_it(monkeypatch, c
     assert doctor.native_kernels() == {"ok": False, "problem": doctor.HOW_TO_BUILD}
 
 
-def test_without_torch_no_backend_is_asked_for(monkeypatch):
+def test_without_a_framework_no_backend_is_asked_for(monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda distribution: None)
-    assert doctor.torch_backends() is None
+    assert doctor.torch_backends() is None and doctor.jax_backends() is None
 
 
 def test_a_backend_that_cannot_serve_is_listed_with_its_reason(monkeypatch, capsys):

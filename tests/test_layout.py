@@ -46,7 +46,13 @@ def breaches(path: Path, forbidden: set[str]) -> set[str]:
     }
 
 
-UPPER = {"irl_ops.torch", "irl_ops.integrations", "irl_ops.reference", "irl_ops.doctor"}
+UPPER = {
+    "irl_ops.torch",
+    "irl_ops.jax",
+    "irl_ops.integrations",
+    "irl_ops.reference",
+    "irl_ops.doctor",
+}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,10 @@ UPPER = {"irl_ops.torch", "irl_ops.integrations", "irl_ops.reference", "irl_ops.
         ("irl_ops/schedules.py", FRAMEWORKS | {"irl_ops"}),
         ("irl_ops/reference.py", FRAMEWORKS | (UPPER - {"irl_ops.reference"})),
         ("irl_ops/torch/**/*.py", (FRAMEWORKS - {"torch", "triton"}) | (UPPER - {"irl_ops.torch"})),
+        (
+            "irl_ops/jax/**/*.py",
+            (FRAMEWORKS - {"jax", "triton"}) | (UPPER - {"irl_ops.jax"}),
+        ),
         ("irl_ops/integrations/**/*.py", {"irl_ops.doctor", "irl_ops.reference"}),
         ("kernels/**/*.py", UPPER | {"irl_ops.algebra", "irl_ops.schedules", "transformers"}),
         ("kernels/reference/**/*.py", FRAMEWORKS),
@@ -78,6 +88,7 @@ def test_imports_point_one_way(pattern, forbidden):
         ("irl_ops.algebra", FRAMEWORKS),
         ("irl_ops.reference", FRAMEWORKS),
         ("irl_ops.torch", FRAMEWORKS - {"torch", "triton"}),
+        ("irl_ops.jax", FRAMEWORKS - {"jax", "jaxlib"}),
     ],
 )
 def test_import_loads_no_more_than_it_needs(module, absent):
