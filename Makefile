@@ -30,9 +30,11 @@ test: $(READY)  ## run the tests
 demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
 	$(BIN)/python examples/finetune_transformers.py $(ARGS)
 
+# An environment of its own: without torch, and without the TPU compiler of the tests, which JAX
+# would ask for TPUs.
 demo-jax:       ## the same in JAX, with flax and optax
-	@$(MAKE) --no-print-directory EXTRAS=demo-jax $(READY)
-	$(BIN)/python examples/jax_finetune.py $(ARGS)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-jax EXTRAS=demo-jax $(VENV)-jax/.ready
+	$(VENV)-jax/bin/python examples/jax_finetune.py $(ARGS)
 
 bench: $(READY) ## time the losses of torch and of JAX beside a copy of the logits and other libraries
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
@@ -60,7 +62,7 @@ wheel: $(READY) ## build dist/*.tar.gz, and dist/*.whl from it
 	$(BIN)/python -m build
 
 clean:          ## remove the virtual environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info irl_ops/_native*.so irl_ops/kernels
+	rm -rf $(VENV) $(VENV)-jax build dist *.egg-info irl_ops/_native*.so irl_ops/kernels
 
 # The install is editable: Python edits are live, and an edit of the C++ sources builds them again.
 # The stamp holds the extras, so that asking for others installs them.

@@ -23,6 +23,7 @@ needs_plugin = pytest.mark.skipif(READY is not None, reason=f"needs a CUDA build
 PROGRAM = """
 import sys
 import jax
+import irl_ops.jax as irl
 from irl_ops.jax import triton
 
 logits = jax.ShapeDtypeStruct((2, 8, int(sys.argv[1])), "bfloat16")
@@ -34,6 +35,9 @@ programs = [
     (triton.row_grad, logits, labels, *[row] * 5),
     (triton.row_stats_grad, logits, row, row),
     (triton.row_stats_grad, logits, row, row, row),
+    (jax.value_and_grad(irl.iqlearn_loss), logits, labels),
+    (jax.vmap(jax.grad(irl.mle_loss)), logits, labels),
+    (lambda q, y: irl.token_stats(q, y).reward, logits, labels),
 ]
 for program, *given in programs:
     lowered = jax.jit(program).trace(*given).lower(lowering_platforms=("cuda",))
@@ -59,7 +63,7 @@ def lowered(vocab: int, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("vocab", [50257, 151936])  # with edges, and without
 def test_programs_hold_the_kernels(capability, vocab):
     done = lowered(vocab, IRL_OPS_COMPUTE_CAPABILITY=capability)
-    assert done.stdout.split() == ["1"] * 5, done.stderr
+    assert done.stdout.split() == ["1"] * 8, done.stderr
 
 
 @needs_plugin

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax.operation import Function, _devices, operation
+from irl_ops.jax.operation import Function, device_count, operation
 from irl_ops.kernels import reference
 
 try:
@@ -151,7 +151,7 @@ def _like(q: jax.Array) -> Any:
 
 def _operation(plain: Function, run: Function) -> Any:
     def choose(ctx: Any) -> Function:
-        if _devices(ctx) > 1 and not called_by_xla():
+        if device_count(ctx) > 1 and not called_by_xla():
             raise NotImplementedError(
                 "XLA cannot call this build of irl_ops._native itself, and JAX cannot partition a "
                 "callback over devices; accepted: shard_map, backend='reference', or a build with "

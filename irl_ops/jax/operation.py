@@ -54,7 +54,7 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
 
     def lower(choose: Callable[[Any], Function], ctx: Any, *given: Any, **static: Any) -> Any:
         run: Function = functools.partial(_listed, choose(ctx), **static)
-        if _devices(ctx) > 1:
+        if device_count(ctx) > 1:
             run = _by_rows(run, [x.ndim for x in ctx.avals_in], [x.ndim for x in ctx.avals_out])
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
@@ -85,7 +85,7 @@ def device(ctx: Any, platform: str) -> Any:
     return backend.devices()[0]
 
 
-def _devices(ctx: Any) -> int:
+def device_count(ctx: Any) -> int:
     """How many devices XLA partitions the program for; 1 inside ``shard_map``, and if unknown."""
     axes = ctx.module_context.axis_context
     if getattr(axes, "manual_axes", None):

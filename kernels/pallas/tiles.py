@@ -117,7 +117,10 @@ def planes(x: jax.Array, axes: int) -> jax.Array:
 def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """The type of an output, which under ``shard_map`` varies over the axes that ``x`` does."""
     of = jax.typeof(x)
-    varying = {"manual_axis_type": of.manual_axis_type, "sharding": of.sharding}
+    if hasattr(of, "manual_axis_type"):
+        varying = {"manual_axis_type": of.manual_axis_type, "sharding": of.sharding}
+    else:  # before JAX 0.10
+        varying = {"vma": of.vma}
     return jax.ShapeDtypeStruct(shape, dtype, **varying)  # type: ignore[no-untyped-call]
 
 
