@@ -80,7 +80,8 @@ def logits_alone(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax
 def gradient_alone(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
     """Loss and gradient of the logits in a single pass, for a reader that is not a matmul."""
     loss = functools.partial(irl.iqlearn_loss, lam=LAM, gamma=GAMMA, inplace=True)
-    value_and_gradient: tuple[Any, ...] = jax.value_and_grad(loss)(hidden @ weight, labels)
+    logits = logits_alone(hidden, weight, labels)
+    value_and_gradient: tuple[Any, ...] = jax.value_and_grad(loss)(logits, labels)
     return value_and_gradient
 
 

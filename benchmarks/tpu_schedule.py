@@ -7,6 +7,7 @@ the kernels in a process whose libtpu writes its schedules to a folder; ``bundle
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -58,18 +59,19 @@ def _loops(folder: Path, kernel: str, registers: int) -> Loops:
         and _exponentials(body := _body(listing, start)) >= registers
         and not any(b.begins for b in body[1:])
     ]
+    if not inner:
+        raise ValueError(f"{file.name}: no loop with {registers} exponentials")
     spills = sum("_spill" in b.text for body in inner for b in body)
     return Loops(sum(map(len, inner)) / registers, spills)
 
 
 def _body(listing: list[Bundle], start: int) -> list[Bundle]:
-    """From where a loop begins to the first bundle outside it."""
-    depth, end = listing[start].depth, start + 1
-    while end < len(listing) and listing[end].depth >= depth:
-        if listing[end].begins and listing[end].depth == depth:
-            break
-        end += 1
-    return listing[start:end]
+    """A loop's own bundles; some of the loop around it may be scheduled among them."""
+    depth = listing[start].depth
+    rest = itertools.takewhile(
+        lambda bundle: not (bundle.begins and bundle.depth <= depth), listing[start + 1 :]
+    )
+    return [listing[start], *(bundle for bundle in rest if bundle.depth >= depth)]
 
 
 def _exponentials(body: list[Bundle]) -> int:

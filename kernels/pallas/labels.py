@@ -1,7 +1,7 @@
 """One element a row: label_logit reads it, set_label writes it.
 
-Traffic: of every row the one tile that holds the label's element (4 KiB, in float32 8), read and in
-set_label written again. Logits have to be ``in_whole_tiles``: no copy may leave the array.
+Traffic: of every row the one tile that holds the label's element (4 KiB), read and in set_label
+written again. Logits have to be ``in_whole_tiles``: no copy may leave the array.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from irl_ops.kernels.pallas.tiles import LANES, array_like
-
-GROUP = 16  # rows of a tile in 16 bits; in float32 two tiles
 
 # Places are rounded down to tiles by masks, x & -128: Pallas lowers // by the sign of its operands,
 # and asks the running device how.
@@ -76,19 +74,20 @@ def set_label(
 def _label_logit(block: int, places: Any, q: Any, picked: Any, tiles: Any, arrived: Any) -> None:
     first = pl.program_id(0) * block
     _move(places, first, block, q, tiles, arrived, store=False)
-    row = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 1)
+    height = tiles.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
+    lane = lax.broadcasted_iota(jnp.int32, (height, LANES), 1)
 
     def group(g: jax.Array, _: None) -> None:
-        begin = pl.multiple_of(g * GROUP, GROUP)
-        found = jnp.zeros((GROUP, LANES), jnp.float32)
-        for k in range(GROUP):
+        begin = pl.multiple_of(g * height, height)
+        found = jnp.zeros((height, LANES), jnp.float32)
+        for k in range(height):
             place = places[first + begin + k]
             here = (row == k) & (lane == jnp.where(place < 0, -1, place & (LANES - 1)))
             found = jnp.where(here, tiles[begin + k].astype(jnp.float32), found)
-        picked[pl.ds(begin, GROUP), :] = jnp.sum(found, axis=1, keepdims=True)
+        picked[pl.ds(begin, height), :] = jnp.sum(found, axis=1, keepdims=True)
 
-    lax.fori_loop(0, block // GROUP, group, None)
+    lax.fori_loop(0, block // height, group, None)
 
 
 def _set_label(
@@ -100,10 +99,11 @@ def _set_label(
     """
     first = pl.program_id(0) * block
     _move(places, first, block, d, tiles, arrived, store=False)
-    lane = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 1)
+    height = tiles.shape[1]
+    lane = lax.broadcasted_iota(jnp.int32, (height, LANES), 1)
 
     def change(r: jax.Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(r & -GROUP, GROUP), GROUP)
+        rows = pl.ds(pl.multiple_of(r & -height, height), height)
         here = labels[rows, :] - _column(places[first + r]) == lane
         tiles[r] = jnp.where(here, elements[rows, :].astype(tiles.dtype), tiles[r])
 
@@ -115,9 +115,10 @@ def _move(
     places: Any, first: Any, block: int, hbm: Any, tiles: Any, arrived: Any, store: bool
 ) -> None:
     """The tiles of all rows of a block, under way at once."""
+    height = tiles.shape[1]
 
     def copy(r: Any) -> Any:
-        rows = pl.ds(pl.multiple_of(first + (r & -GROUP), GROUP), GROUP)
+        rows = pl.ds(pl.multiple_of(first + (r & -height), height), height)
         there = hbm.at[rows, pl.ds(_column(places[first + r]), LANES)]
         ends = (tiles.at[r], there) if store else (there, tiles.at[r])
         return pltpu.make_async_copy(*ends, arrived)
@@ -145,9 +146,14 @@ def _block(x: jax.Array) -> int:
 
 
 def _scratch(block: int, x: jax.Array) -> list[Any]:
-    return [pltpu.VMEM((block, GROUP, LANES), x.dtype), pltpu.SemaphoreType.DMA(())]
+    return [pltpu.VMEM((block, _height(x), LANES), x.dtype), pltpu.SemaphoreType.DMA(())]
+
+
+def _height(x: jax.Array) -> int:
+    """Rows of a tile: 8 in float32, 16 in 16 bits."""
+    return 32 // int(x.dtype.itemsize)
 
 
 def _cost(x: jax.Array, ways: int) -> pl.CostEstimate:
-    moved = x.shape[0] * LANES * (ways * GROUP * x.dtype.itemsize + 4)
+    moved = x.shape[0] * LANES * (ways * 32 + 4)
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved)
