@@ -375,7 +375,7 @@ def test_targets_that_xla_would_refuse_are_not_registered(api, monkeypatch):
 
 def test_a_callback_is_not_partitioned(monkeypatch):
     let_call("python", monkeypatch)
-    monkeypatch.setattr(native, "_devices", lambda _: 2)
+    monkeypatch.setattr(native, "device_count", lambda _: 2)
     with pytest.raises(NotImplementedError, match="shard_map"):
         compiled(native.row_stats, np.zeros((2, 3), np.float32), np.zeros(2, np.int32))
 
