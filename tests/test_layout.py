@@ -60,6 +60,7 @@ UPPER = {
     [
         ("irl_ops/__init__.py", FRAMEWORKS | {"numpy", "irl_ops"}),
         ("irl_ops/algebra.py", FRAMEWORKS | {"numpy", "irl_ops"}),
+        ("irl_ops/arguments.py", FRAMEWORKS | {"numpy"} | UPPER),
         ("irl_ops/schedules.py", FRAMEWORKS | {"irl_ops"}),
         ("irl_ops/reference.py", FRAMEWORKS | (UPPER - {"irl_ops.reference"})),
         ("irl_ops/torch/**/*.py", (FRAMEWORKS - {"torch", "triton"}) | (UPPER - {"irl_ops.torch"})),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from irl_ops import algebra
-from irl_ops.jax import arguments
+from irl_ops.jax.arguments import arguments
 from irl_ops.jax.backends import check_backend
 from irl_ops.jax.rows import constant
 from irl_ops.jax.scalar_loss import Static, scalar_loss, statistics
@@ -60,7 +60,7 @@ def loss_of(
     values: Array | None = None,
 ) -> Loss:
     """Any loss, by its objective."""
-    arguments.check_scalar("entropy_coef", entropy_coef, -math.inf, math.inf)
+    arguments.check_scalar("entropy_coef", entropy_coef, logits, -math.inf, math.inf)
     arguments.check_switches(
         detach_next=detach_next, return_metrics=return_metrics, inplace=inplace
     )

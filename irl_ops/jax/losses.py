@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from irl_ops import algebra
-from irl_ops.jax import arguments
+from irl_ops.jax.arguments import arguments
 from irl_ops.jax.forward import Array, Boundary, Loss, Reduction, Scalar, loss_of
 
 
@@ -107,8 +107,8 @@ def iqlearn_loss(
         >>> labels = jax.random.randint(jax.random.key(1), (2, 8), 0, 100)
         >>> loss, dlogits = jax.value_and_grad(iqlearn_loss)(logits, labels, lam=0.1)
     """
-    arguments.check_scalar("lam", lam, 0.0, math.inf)
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
     return loss_of(
         algebra.iqlearn_objective,
         logits,
@@ -269,11 +269,10 @@ def online_iqlearn_loss(
         >>> is_expert = jnp.array([True, False])
         >>> dlogits = jax.grad(online_iqlearn_loss)(logits, labels, is_expert)
     """
-    arguments.check_scalar("alpha", alpha, 0.0, 1.0, open_end=True)
-    arguments.check_scalar("lam", lam, 0.0, math.inf)
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
-    if num_items is not None and not (isinstance(num_items, tuple | list) and len(num_items) == 2):
-        raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
+    arguments.check_scalar("alpha", alpha, logits, 0.0, 1.0, open_end=True)
+    arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
+    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
+    arguments.check_pair(num_items)
     arguments.check_logits(logits, labels)
     arguments.check_flags("is_expert", is_expert, labels)
     return loss_of(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax import arguments
+from irl_ops.jax.arguments import arguments
 from irl_ops.jax.backends import check_backend
 from irl_ops.jax.forward import Array, Boundary, Scalar, Sequences, prepare, rows_of, transition
 from irl_ops.jax.rows import constant
@@ -95,7 +95,7 @@ def token_stats(
         >>> stats.reward.shape
         (2, 8)
     """
-    arguments.check_scalar("gamma", gamma, 0.0, 1.0)
+    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
     arguments.check_switches(detach_next=detach_next, entropy=entropy)
     sequences, markers = prepare(
         logits,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments, ops, single_pass
+from irl_ops.torch import ops, single_pass
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.call import Call
 

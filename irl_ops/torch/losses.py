@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.forward import Boundary, Loss, Reduction, loss_of
 
 
@@ -266,8 +266,7 @@ def online_iqlearn_loss(
     arguments.check_scalar("alpha", alpha, logits, 0.0, 1.0, open_end=True)
     arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
     arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
-    if num_items is not None and not (isinstance(num_items, tuple | list) and len(num_items) == 2):
-        raise TypeError(f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None")
+    arguments.check_pair(num_items)
     arguments.check_logits(logits, labels)
     arguments.check_flags("is_expert", is_expert, labels)
     return loss_of(

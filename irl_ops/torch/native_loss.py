@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments, native
+from irl_ops.torch import native
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.call import Call, Outcome
 
 KNOWN = (algebra.mle_objective, algebra.iqlearn_objective, algebra.online_iqlearn_objective)

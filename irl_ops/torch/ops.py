@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import BACKENDS
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from irl_ops.torch import arguments, ops
+from irl_ops.torch import ops
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.forward import Boundary, prepare, statistics, transition
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.torch import arguments, triton
+from irl_ops.torch import triton
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.call import Call, Outcome
 
 BLOCK = 256  # rows a program
