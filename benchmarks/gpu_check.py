@@ -1,5 +1,7 @@
 """Everything that a GPU has to show: the property tests on the device, then tests/on_gpu.py.
 
+Where JAX has CUDA and jax-triton is installed, the tests of irl_ops.jax follow, on the device too.
+
     python benchmarks/gpu_check.py
 
 Writes what passed, failed and was left out, with what the tests recorded, to
@@ -8,8 +10,10 @@ benchmarks/results/gpu-check-DEVICE.json; the exit status is pytest's.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ ON_DEVICE = (
     "tests/test_torch_inplace.py::test_loss_and_gradients",
     "tests/on_gpu.py",
 )
+IN_JAX = ("tests/test_jax_losses.py", "tests/test_jax_transforms.py")
 
 
 class Recorder:
@@ -57,10 +62,32 @@ def main() -> int:
         ["--rootdir", str(ROOT), "-q", *(str(ROOT / test) for test in ON_DEVICE), *sys.argv[1:]],
         plugins=[recorder],
     )
+    jax_status, jax_summary = check_jax()
+    found = {"machine": about, "tests": recorder.outcomes, "jax": jax_summary}
     path = ROOT / "benchmarks" / "results" / f"gpu-check-{about['name']}.json"
-    path.write_text(json.dumps({"machine": about, "tests": recorder.outcomes}, indent=2) + "\n")
+    path.write_text(json.dumps(found, indent=2) + "\n")
     print(f"written: {path}")
-    return int(status)
+    return int(status) or jax_status
+
+
+def check_jax() -> tuple[int, str]:
+    """The exit status of JAX's tests, in a process of their own, and their last line."""
+    if importlib.util.find_spec("jax") is None:
+        return 0, "jax is not installed"
+    from irl_ops.jax import triton
+
+    if reason := triton.unavailable("cuda"):
+        return 0, reason
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", *IN_JAX],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    return done.returncode, done.stdout.strip().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import irl_ops.jax as irl
+from irl_ops.jax import backends
+
 from . import naive
 from .cases import Case, Outcome, assert_close, tolerance
 from .cases import differentiate as differentiate_torch
+
+
+BACKENDS = tuple(  # those that serve the device that JAX computes on: the CPU, unless it is told
+    name
+    for name in irl.available_backends()
+    if backends.BACKENDS[name].unavailable(jax.default_backend()) is None
+)
 
 
 def array(x: Any) -> Any:

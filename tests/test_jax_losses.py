@@ -17,9 +17,8 @@ import irl_ops.torch
 from . import naive
 from .cases import DTYPES, EPS, LAYOUTS, Case, assert_close, cases, tolerance
 from .cases import differentiate as differentiate_torch
-from .jax_cases import arrays, check, differentiate, tensor
+from .jax_cases import BACKENDS, arrays, check, differentiate, tensor
 
-BACKENDS = irl.available_backends()
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -11,7 +11,8 @@ import pytest
 import irl_ops.jax as irl
 from irl_ops import reference
 
-BACKENDS = irl.available_backends()
+from .jax_cases import BACKENDS
+
 LOGITS = 3 * jax.random.normal(jax.random.key(0), (4, 6, 33))
 LABELS = jax.random.randint(jax.random.key(1), (4, 6), 0, 33).at[0, 2].set(-100)
 OPTIONS = dict(lam=0.3, gamma=0.9, entropy_coef=0.1)
