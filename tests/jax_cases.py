@@ -17,7 +17,6 @@ from . import naive
 from .cases import Case, Outcome, assert_close, tolerance
 from .cases import differentiate as differentiate_torch
 
-
 BACKENDS = tuple(  # those that serve the device that JAX computes on: the CPU, unless it is told
     name
     for name in irl.available_backends()

@@ -160,7 +160,7 @@ def test_large_vocabulary(backend: str, vocab: int, dtype: torch.dtype) -> None:
         check(partial(irl.iqlearn_loss, backend=backend), case)
 
 
-@pytest.mark.parametrize("label", [17, -1, -99, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("label", [17, -1, 2**31 - 1])
 @every_backend
 def test_a_label_out_of_range_gives_nan(backend: str, label: int) -> None:
     logits = np.zeros((2, 3, 17), np.float32)
