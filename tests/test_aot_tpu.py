@@ -33,6 +33,50 @@ def test_programs_meet_what_they_have_to(generation: str, vocab: int) -> None:
     assert "1 programs, 0 that miss " in compile_for(generation, vocab)
 
 
+SEVERAL = """
+import functools
+import os
+import aot_tpu
+os.environ.update(aot_tpu.ENVIRONMENT)
+import jax
+import numpy as np
+import tpu_programs as programs
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.array(programs.topology("v5e").devices), ("data",))
+by_hand = jax.shard_map(
+    lambda q, y: jax.lax.psum(programs.fused(q, y, reduction="sum"), "data"),
+    mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P(),
+)
+for loss in (programs.fused, by_hand):
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+        for shape, dtype, axes in (
+            ((8, 1024, 512), "bfloat16", ("data",)),
+            ((512, 32000), "bfloat16", ()),
+            ((8, 1024), "int32", ("data",)),
+        )
+    ]
+    lowered = jax.jit(programs.step(loss)).lower(*given)
+    memory = lowered.compile().memory_analysis().temp_size_in_bytes
+    print(lowered.as_text().count("@tpu_custom_call"), memory <= 1.05 * 2 * 1024 * 32000 * 2)
+"""
+
+
+@pytest.mark.slow
+def test_programs_for_several_tpus() -> None:
+    """Each device has its rows' logits once: by XLA under jit, by a kernel inside shard_map."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["0 True", "1 True"], done.stdout + done.stderr
+
+
 def test_an_unmet_limit_is_an_error() -> None:
     """The judge can say no."""
     code = (

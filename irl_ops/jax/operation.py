@@ -27,7 +27,8 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
     """A primitive of the arrays that ``plain`` takes, which returns its results but for None.
 
     Args:
-        plain: gives the types. Its first argument has the rows' axes and the vocabulary.
+        plain: gives the types. Its first argument has the rows' axes and the vocabulary. Where it
+            is chosen, XLA partitions it as it sees fit.
         **chosen: by platform, the function of the same arguments to lower, given jax's context of
             the lowering.
     """
@@ -53,8 +54,9 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
         return out, [0] * len(out)
 
     def lower(choose: Callable[[Any], Function], ctx: Any, *given: Any, **static: Any) -> Any:
-        run: Function = functools.partial(_listed, choose(ctx), **static)
-        if device_count(ctx) > 1:
+        kernel = choose(ctx)
+        run: Function = functools.partial(_listed, kernel, **static)
+        if device_count(ctx) > 1 and kernel is not plain:
             run = _by_rows(run, [x.ndim for x in ctx.avals_in], [x.ndim for x in ctx.avals_out])
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 

@@ -5,8 +5,9 @@ that it is lowered for: those of the running backend, or of a topology that is c
 time. A program exported without devices gets what fits every generation. On a CPU the kernels are
 interpreted, as they would be compiled for ``INTERPRETED_AS``.
 
-Where V is no multiple of 128, XLA lays out logits that it computes by columns, and a kernel, which
-wants them by rows, would wait for a copy: XLA's own code serves there.
+XLA's own code serves where V is no multiple of 128, since XLA lays out such logits by columns, and
+a kernel, which wants them by rows, would wait for a copy; and in programs that XLA partitions over
+several TPUs, since libtpu partitions no kernels. Inside ``shard_map`` rows are parted already.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax.operation import Function, device, operation
+from irl_ops.jax.operation import Function, device, device_count, operation
 from irl_ops.kernels import reference
 from irl_ops.kernels.pallas.generations import (
     GENERATIONS,
@@ -105,7 +106,7 @@ def _widened(logits: jax.Array) -> jax.Array:
 
 def _operation(plain: Function, kernel: Callable[[Generation, bool], Function]) -> Any:
     def compiled(ctx: Any) -> Function:
-        if ctx.avals_in[0].shape[-1] % LANES:
+        if ctx.avals_in[0].shape[-1] % LANES or device_count(ctx) > 1:
             return plain
         target = device(ctx, "tpu")
         return kernel(SMALLEST if target is None else generation(target.device_kind), False)
