@@ -34,9 +34,6 @@ Scalar = Any  # a Python number or a 0-d array
 IGNORED, TERMINAL, BOOTSTRAP, NO_TD = 0, 1, 2, 3
 """Kinds of row: no label; V' = 0; V' = V_{t+1}; labelled, but without a TD term."""
 
-BOUNDARIES = ("terminal", "bootstrap", "drop")
-REDUCTIONS = ("mean", "sum", "none")
-
 NO_LABEL = -1
 BAD_LABEL = 2**31 - 1  # outside every vocabulary: the kernels answer NaN and read nothing
 UNREAD = float("-inf")  # as alpha: nobody needs the row, the kernels answer 0 and read nothing
@@ -131,14 +128,18 @@ def rows_of(
             truncated = truncated[..., None]
         kind = xp.where(truncated, xp.where(has_next, BOOTSTRAP, xp.full_like(kind, NO_TD)), kind)
     kind = xp.where(has_next & following(xp, labelled, False), BOOTSTRAP, kind)
-    if eos_token_id is not None:
-        for token in [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id:
-            kind = xp.where(labels == token, TERMINAL, kind)
+    for token in end_tokens(eos_token_id):
+        kind = xp.where(labels == token, TERMINAL, kind)
     kind = xp.where(labelled, kind, IGNORED)
 
     in_range = (labels >= 0) & (labels < vocab)
     labels = xp.where(labelled, xp.where(in_range, labels, BAD_LABEL), NO_LABEL)
     return Rows(labels, kind)
+
+
+def end_tokens(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end an episode."""
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 # --- Weights: what makes one loss different from another ---
@@ -154,8 +155,13 @@ class Objective(NamedTuple):
 
     @property
     def entropy(self) -> bool:
-        """Whether the entropy has to be computed: unless the coefficient is the number 0."""
-        return not (isinstance(self.entropy_coef, int | float) and self.entropy_coef == 0)
+        """Whether the entropy has to be computed."""
+        return needs_entropy(self.entropy_coef)
+
+
+def needs_entropy(entropy_coef: Scalar) -> bool:
+    """Unless the coefficient is the number 0: the value of an array is not looked at."""
+    return not (isinstance(entropy_coef, int | float) and entropy_coef == 0)
 
 
 def mle_objective(
@@ -364,13 +370,7 @@ def single_pass(
     labels, kind = rows
     label_logit = kernels.label_logit(logits, labels)
     alpha, beta = affine_coefficients(
-        xp,
-        kind,
-        loss,
-        label_logit,
-        next_values=next_values,
-        values=values,
-        detach_next=detach_next,
+        xp, kind, loss, label_logit, next_values=next_values, values=values, detach_next=detach_next
     )
     entropy_weight = loss.entropy_coef * loss.mle if loss.entropy else None
     needed = (kind != IGNORED) | preceding(xp, kind == BOOTSTRAP, False)

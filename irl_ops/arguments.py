@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
-from irl_ops.algebra import BOUNDARIES, REDUCTIONS
+Boundary = Literal["terminal", "bootstrap", "drop"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 class Arguments:
@@ -97,7 +98,7 @@ class Arguments:
             self._check_rows("where", where, labels, self.flags)
         if truncated is not None:
             self.check_flags("truncated", truncated, labels)
-        _check_choice("boundary", boundary, BOUNDARIES)
+        _check_choice("boundary", boundary, get_args(Boundary))
         if eos_token_id is not None and not _is_token(eos_token_id):
             tokens = eos_token_id
             if not isinstance(tokens, Sequence) or not tokens or not all(map(_is_token, tokens)):
@@ -109,7 +110,7 @@ class Arguments:
         self, labels: Any, *, token_weights: Any, num_items: Any, reduction: Any
     ) -> None:
         """The options that say how rows are averaged; ``num_items`` as one number or a tuple."""
-        _check_choice("reduction", reduction, REDUCTIONS)
+        _check_choice("reduction", reduction, get_args(Reduction))
         if token_weights is not None:
             self._check_rows("token_weights", token_weights, labels, self.weights)
             self.check_constant("token_weights", token_weights)

@@ -255,6 +255,13 @@ def tolerance(case: Case) -> Outcome:
     )
 
 
+def magnitude(case: Case) -> float:
+    """The largest number that a row's statistics are computed from."""
+    given = [case.logits, case.options.get("values"), case.options.get("next_values")]
+    finite = [x.double().masked_fill(x.isinf(), 0).abs().max() for x in given if x is not None]
+    return math.log(case.logits.shape[-1]) + sum(x.item() for x in finite)
+
+
 def assert_close(actual: Tensor | None, expected: Tensor | None, error: Tensor, times: int) -> None:
     """Within ``error`` and ``times`` roundings to the result's dtype; overflow is no error.
 
@@ -272,9 +279,13 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, error: Tensor, 
     assert ((x - y).abs() <= allowed).all(), f"{actual}\n{expected}\nallowed {allowed}"
 
 
-def check(function: Callable[..., Tensor], case: Case) -> None:
-    """Loss and gradients of ``function`` against the naive loss and its autograd."""
-    actual = differentiate(function, case)
+def check(
+    function: Callable[..., Any],
+    case: Case,
+    run: Callable[[Callable[..., Any], Case], Outcome] = differentiate,
+) -> None:
+    """Loss and gradients of ``function``, by ``run``, against the naive loss and its autograd."""
+    actual = run(function, case)
     expected = differentiate(
         lambda *args, **options: naive.loss(case.name, *args, **options)[0], case, torch.float64
     )

@@ -13,9 +13,8 @@ from torch import Tensor
 import irl_ops.jax as irl
 from irl_ops.jax import backends
 
-from . import naive
-from .cases import Case, Outcome, assert_close, tolerance
-from .cases import differentiate as differentiate_torch
+from . import cases
+from .cases import Case, Outcome
 
 BACKENDS = tuple(  # those that serve the device that JAX computes on: the CPU, unless it is told
     name
@@ -67,16 +66,4 @@ def differentiate(function: Callable[..., Any], case: Case) -> Outcome:
 
 def check(function: Callable[..., Any], case: Case) -> None:
     """Loss and gradients of ``function`` against the naive loss and its autograd."""
-    actual = differentiate(function, case)
-    expected = differentiate_torch(
-        lambda *args, **options: naive.loss(case.name, *args, **options)[0], case, torch.float64
-    )
-    error = tolerance(case)
-    assert actual.loss.dtype == torch.float32
-    assert_close(actual.loss, expected.loss, error.loss, 1)
-    assert actual.logits.dtype == case.leaf.dtype
-    # the gradient is rounded when it is written, and again when it is scaled
-    scaled = case.options.get("reduction") != "none" and case.upstream != 1.0
-    assert_close(actual.logits, expected.logits, error.logits, 2 if scaled else 1)
-    assert_close(actual.values, expected.values, error.values, 1)
-    assert_close(actual.next_values, expected.next_values, error.next_values, 1)
+    cases.check(function, case, differentiate)

@@ -10,7 +10,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton has no release for this platform"
+    importlib.util.find_spec("triton") is None,
+    reason="needs Triton: it has releases for Linux alone",
 )
 
 

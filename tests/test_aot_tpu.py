@@ -10,7 +10,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu has no release for this platform"
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the TPU's compiler: it has releases for x86-64 Linux alone",
 )
 
 

@@ -15,7 +15,7 @@ import irl_ops.jax as irl
 import irl_ops.torch
 
 from . import naive
-from .cases import DTYPES, EPS, LAYOUTS, Case, assert_close, cases, tolerance
+from .cases import DTYPES, EPS, LAYOUTS, Case, assert_close, cases, magnitude, tolerance
 from .cases import differentiate as differentiate_torch
 from .jax_cases import BACKENDS, arrays, check, differentiate, tensor
 
@@ -119,13 +119,6 @@ def test_token_stats(backend: str, case: Case, entropy: bool) -> None:
     error = torch.full_like(case.labels, 20 * EPS, dtype=float)
     assert_close(actual.values, expected.values, error, 1)
     assert_close(actual.next_values, expected.next_values, error, 1)
-
-
-def magnitude(case: Case) -> float:
-    """The largest number that a row's statistics are computed from."""
-    given = [case.logits, case.options.get("values"), case.options.get("next_values")]
-    finite = [x.double().masked_fill(x.isinf(), 0).abs().max() for x in given if x is not None]
-    return math.log(case.logits.shape[-1]) + sum(x.item() for x in finite)
 
 
 @given(case=cases(garbage=False))

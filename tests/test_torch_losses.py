@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 import irl_ops.torch as irl
 
 from . import naive
-from .cases import DTYPES, EPS, LAYOUTS, Case, assert_close, cases, check, differentiate, tolerance
+from .cases import (
+    DTYPES,
+    EPS,
+    LAYOUTS,
+    Case,
+    assert_close,
+    cases,
+    check,
+    differentiate,
+    magnitude,
+    tolerance,
+)
 
 BACKENDS = irl.available_backends()
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -102,13 +113,6 @@ def test_token_stats(backend: str, case: Case, entropy: bool) -> None:
 
 def vocab(case: Case) -> int:
     return case.logits.shape[-1]
-
-
-def magnitude(case: Case) -> float:
-    """The largest number that a row's statistics are computed from."""
-    given = [case.logits, case.options.get("values"), case.options.get("next_values")]
-    finite = [x.double().masked_fill(x.isinf(), 0).abs().max() for x in given if x is not None]
-    return math.log(vocab(case)) + sum(x.item() for x in finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

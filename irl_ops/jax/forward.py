@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from irl_ops import algebra
+from irl_ops.arguments import Reduction
 from irl_ops.jax.arguments import arguments
 from irl_ops.jax.backends import check_backend
 from irl_ops.jax.rows import constant
@@ -19,8 +20,6 @@ from irl_ops.jax.scalar_loss import Static, scalar_loss, statistics
 Array = Any  # a jax.Array, or what jax.numpy takes for one: a numpy.ndarray
 Scalar = Any  # a number or a 0-d array
 Loss = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
-Boundary = Literal["terminal", "bootstrap", "drop"]
-Reduction = Literal["mean", "sum", "none"]
 
 
 class Sequences(NamedTuple):
@@ -71,7 +70,7 @@ def loss_of(
     arguments.check_values(labels, next_values=next_values, values=values)
     if inplace and reduction == "none":
         raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
-    entropy = not (isinstance(entropy_coef, int | float) and entropy_coef == 0)
+    entropy = algebra.needs_entropy(entropy_coef)
     static = Static(detach_next, entropy, return_metrics, inplace, check_backend(backend, logits))
     total, metrics = _run(
         Program(objective, sequences, reduction, static),
@@ -95,7 +94,7 @@ def prepare(
     sequences = Sequences(
         arrays.pop("ignore_index"),
         arrays.pop("shift"),
-        None if eos is None else tuple(eos) if isinstance(eos, Sequence) else (eos,),
+        None if eos is None else algebra.end_tokens(eos),
         arrays.pop("boundary"),
     )
     return sequences, arrays

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from irl_ops import algebra
+from irl_ops.arguments import Boundary, Reduction
 from irl_ops.jax.arguments import arguments
-from irl_ops.jax.forward import Array, Boundary, Loss, Reduction, Scalar, loss_of
+from irl_ops.jax.forward import Array, Loss, Scalar, loss_of
 
 
 def iqlearn_loss(

@@ -3,6 +3,9 @@
 XLA calls the kernels itself, on its own buffers and with its own threads. A build of the extension
 without XLA's headers, or with newer ones than the running jaxlib's, is reached by a callback to
 Python: the results are the same bits, and the gradient is copied once more.
+
+The functions are those of ``irl_ops.kernels.reference``. A gradient takes the storage of the
+logits; where somebody reads them later, XLA copies them first.
 """
 
 from __future__ import annotations
@@ -13,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from irl_ops.jax.operation import Function, device_count, operation
+from irl_ops.jax.operation import Function, array_like, device_count, operation, vector_like
 from irl_ops.kernels import reference
 
 try:
@@ -33,75 +35,29 @@ def unavailable(platform: str) -> str | None:
     return None if platform == "cpu" else "the C++ kernels run on the CPU"
 
 
-def row_stats(
-    logits: jax.Array, labels: jax.Array, entropy: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
-    row_max, logsum, picked, *h = _row_stats.bind(logits, labels, entropy=entropy)
-    return row_max, logsum, picked, h[0] if entropy else None
-
-
-def row_grad(
-    logits: jax.Array,
-    labels: jax.Array,
-    row_max: jax.Array,
-    logsum: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-) -> jax.Array:
-    """``p_j (A + B log p_j) + C 1{j = label}``, in the logits' storage if nobody reads it later."""
-    (dlogits,) = _row_grad.bind(logits, labels, row_max, logsum, a, b, c)
-    gradient: jax.Array = dlogits
-    return gradient
-
-
-def row_stats_grad(
-    logits: jax.Array, alpha: jax.Array, beta: jax.Array, entropy_weight: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """``(row_max, logsum, entropy, dlogits)`` in one read and one write, stored likewise."""
-    weights = () if entropy_weight is None else (entropy_weight,)
-    row_max, logsum, *h, dlogits = _row_stats_grad.bind(logits, alpha, beta, *weights)
-    return row_max, logsum, h[0] if h else None, dlogits
-
-
-def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
-    (picked,) = _label_logit.bind(logits, labels)
-    vector: jax.Array = picked
-    return vector
-
-
-def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
-    """The gradient with the elements at the labels replaced, in its own storage, likewise."""
-    (replaced,) = _set_label.bind(dlogits, labels, elements)
-    gradient: jax.Array = replaced
-    return gradient
-
-
 # --- What an operation becomes: a call from XLA, or a call through Python ---
 
 
 def _run_row_stats(q: jax.Array, labels: jax.Array, entropy: bool = False) -> Any:
-    return _call("row_stats", [_vector(q)] * (4 if entropy else 3), q, labels)
+    return _call("row_stats", [vector_like(q)] * (4 if entropy else 3), q, labels)
 
 
 def _run_row_grad(q: jax.Array, *vectors: jax.Array) -> Any:
-    return _call("row_grad", [_like(q)], q, *vectors, aliases={0: 0})[0]
+    return _call("row_grad", [array_like(q)], q, *vectors, aliases={0: 0})[0]
 
 
 def _run_row_stats_grad(q: jax.Array, *coefficients: jax.Array) -> Any:
-    out = [_vector(q), _vector(q), _like(q), *[_vector(q)] * (len(coefficients) - 2)]
+    out = [vector_like(q)] * 2 + [array_like(q)] + [vector_like(q)] * (len(coefficients) - 2)
     row_max, logsum, dlogits, *h = _call("row_stats_grad", out, q, *coefficients, aliases={0: 2})
     return row_max, logsum, *h, dlogits
 
 
 def _run_label_logit(q: jax.Array, labels: jax.Array) -> Any:
-    return _call("label_logit", [_vector(q)], q, labels)[0]
+    return _call("label_logit", [vector_like(q)], q, labels)[0]
 
 
 def _run_set_label(y: jax.Array, labels: jax.Array, elements: jax.Array) -> Any:
-    return _call("set_label", [_like(y)], y, labels, elements, aliases={0: 0})[0]
+    return _call("set_label", [array_like(y)], y, labels, elements, aliases={0: 0})[0]
 
 
 def _call(
@@ -141,15 +97,7 @@ def _running_api() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
-def _vector(q: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)  # type: ignore[no-untyped-call]
-
-
-def _like(q: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(q.shape, q.dtype)  # type: ignore[no-untyped-call]
-
-
-def _operation(plain: Function, run: Function) -> Any:
+def _operation(plain: Function, run: Function) -> Function:
     def choose(ctx: Any) -> Function:
         if device_count(ctx) > 1 and not called_by_xla():
             raise NotImplementedError(
@@ -162,8 +110,8 @@ def _operation(plain: Function, run: Function) -> Any:
     return operation(plain, cpu=choose)
 
 
-_row_stats = _operation(reference.row_stats, _run_row_stats)
-_row_grad = _operation(reference.row_grad, _run_row_grad)
-_row_stats_grad = _operation(reference.row_stats_grad, _run_row_stats_grad)
-_label_logit = _operation(reference.label_logit, _run_label_logit)
-_set_label = _operation(reference.set_label, _run_set_label)
+row_stats = _operation(reference.row_stats, _run_row_stats)
+row_grad = _operation(reference.row_grad, _run_row_grad)
+row_stats_grad = _operation(reference.row_stats_grad, _run_row_stats_grad)
+label_logit = _operation(reference.label_logit, _run_label_logit)
+set_label = _operation(reference.set_label, _run_set_label)

@@ -9,6 +9,7 @@ gathered.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +24,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 Function = Callable[..., Any]
 
 
-def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
-    """A primitive of the arrays that ``plain`` takes, which returns its results but for None.
+def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Function:
+    """A function that takes and returns what ``plain`` does; flags are static.
 
     Args:
         plain: gives the types. Its first argument has the rows' axes and the vocabulary. Where it
             is chosen, XLA partitions it as it sees fit.
-        **chosen: by platform, the function of the same arguments to lower, given jax's context of
-            the lowering.
+        **chosen: by platform, the function to lower, given jax's context of the lowering. It takes
+            the same arrays, those that are not None.
     """
     made: Any = Primitive("irl_" + plain.__name__.strip("_"))
     made.multiple_results = True
@@ -73,7 +74,16 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Any:
     mlir.register_lowering(made, refuse)
     for platform, choose in chosen.items():
         mlir.register_lowering(made, functools.partial(lower, choose), platform=platform)
-    return made
+    names = list(inspect.signature(plain).parameters)
+
+    @functools.wraps(plain)
+    def bound(*given: Any, **static: bool) -> Any:
+        static |= {n: x for n, x in zip(names, given, strict=False) if isinstance(x, bool)}
+        arrays = [x for x in given if x is not None and not isinstance(x, bool)]
+        results = jax.eval_shape(functools.partial(plain, **static), *arrays)  # None among them
+        return jax.tree.unflatten(jax.tree.structure(results), made.bind(*arrays, **static))
+
+    return bound
 
 
 def device(ctx: Any, platform: str) -> Any:
@@ -132,6 +142,16 @@ def _varying(result: Any, given: Any) -> Any:
     """The result's type, varying over the axes of a ``shard_map`` that an argument varies over."""
     over = frozenset().union(*(getattr(x, "vma", frozenset()) for x in given))
     return result.update(vma=over) if over else result
+
+
+def vector_like(logits: jax.Array) -> Any:
+    """The type of one float32 number a row."""
+    return jax.ShapeDtypeStruct(logits.shape[:-1], jnp.float32)  # type: ignore[no-untyped-call]
+
+
+def array_like(logits: jax.Array) -> Any:
+    """The type of a gradient."""
+    return jax.ShapeDtypeStruct(logits.shape, logits.dtype)  # type: ignore[no-untyped-call]
 
 
 def _listed(run: Function, *given: Any, **static: Any) -> list[Any]:

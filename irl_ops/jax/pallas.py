@@ -44,8 +44,8 @@ def row_stats(
     logits: jax.Array, labels: jax.Array, entropy: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
-    row_max, logsum, picked, *h = _row_stats.bind(_widened(logits), labels, entropy=entropy)
-    return row_max, logsum, picked, h[0] if entropy else None
+    row_max, logsum, picked, h = _row_stats(_widened(logits), labels, entropy)
+    return row_max, logsum, picked, h
 
 
 def row_grad(
@@ -64,8 +64,7 @@ def row_grad(
     fewer bytes than a kernel on v4 to v6e, and more on v7x.
     """
     vectors = (labels, row_max, logsum, a, b, c)
-    (dlogits,) = _row_grad.bind(_widened(logits), *vectors)
-    narrowed: jax.Array = dlogits.astype(logits.dtype)
+    narrowed: jax.Array = _row_grad(_widened(logits), *vectors).astype(logits.dtype)
     return narrowed
 
 
@@ -73,26 +72,22 @@ def row_stats_grad(
     logits: jax.Array, alpha: jax.Array, beta: jax.Array, entropy_weight: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """``(row_max, logsum, entropy, dlogits)`` in one read and one write."""
-    weights = () if entropy_weight is None else (entropy_weight,)
-    row_max, logsum, *h, dlogits = _row_stats_grad.bind(_widened(logits), alpha, beta, *weights)
-    return row_max, logsum, h[0] if h else None, dlogits.astype(logits.dtype)
+    row_max, logsum, h, dlogits = _row_stats_grad(_widened(logits), alpha, beta, entropy_weight)
+    return row_max, logsum, h, dlogits.astype(logits.dtype)
 
 
 def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """``q[label]``: one tile a row is read, where the logits consist of whole tiles."""
-    if not in_whole_tiles(logits.shape):
-        picked: jax.Array = reference.label_logit(logits, labels)
-        return picked
-    (picked,) = _label_logit.bind(_widened(logits), labels)
+    pick = _label_logit if in_whole_tiles(logits.shape) else reference.label_logit
+    picked: jax.Array = pick(_widened(logits), labels)
     return picked
 
 
 def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
     """The gradient with the elements at the labels replaced, in its own storage, likewise."""
-    if not in_whole_tiles(dlogits.shape) or dlogits.dtype == jnp.float16:
-        replaced: jax.Array = reference.set_label(dlogits, labels, elements)
-        return replaced
-    (replaced,) = _set_label.bind(dlogits, labels, elements)
+    tiled = in_whole_tiles(dlogits.shape) and dlogits.dtype != jnp.float16
+    replace = _set_label if tiled else reference.set_label
+    replaced: jax.Array = replace(dlogits, labels, elements)
     return replaced
 
 
@@ -104,7 +99,7 @@ def _widened(logits: jax.Array) -> jax.Array:
 # --- The kernels, which need Pallas: imported when one of them is lowered ---
 
 
-def _operation(plain: Function, kernel: Callable[[Generation, bool], Function]) -> Any:
+def _operation(plain: Function, kernel: Callable[[Generation, bool], Function]) -> Function:
     def compiled(ctx: Any) -> Function:
         if ctx.avals_in[0].shape[-1] % LANES or device_count(ctx) > 1:
             return plain

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from irl_ops.arguments import Boundary
 from irl_ops.jax.arguments import arguments
 from irl_ops.jax.backends import check_backend
-from irl_ops.jax.forward import Array, Boundary, Scalar, Sequences, prepare, rows_of, transition
+from irl_ops.jax.forward import Array, Scalar, Sequences, prepare, rows_of, transition
 from irl_ops.jax.rows import constant
 from irl_ops.jax.scalar_loss import statistics
 

@@ -2,6 +2,9 @@
 
 Kernels are compiled when a program is lowered, for the GPUs of the running backend. A program that
 is lowered where there is none is compiled for IRL_OPS_COMPUTE_CAPABILITY, such as 9.0.
+
+The functions are those of ``irl_ops.kernels.reference``. A gradient takes the storage of the
+logits; where somebody reads them later, XLA copies them first.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax.operation import Function, device, operation
+from irl_ops.jax.operation import Function, array_like, device, operation, vector_like
 from irl_ops.kernels import reference
 from irl_ops.kernels.triton import dispatch
 
@@ -37,38 +40,6 @@ def unavailable(platform: str) -> str | None:
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
         return "JAX has no CUDA plugin, which jax-triton needs; run pip install jax[cuda12]"
     return None
-
-
-def row_stats(
-    logits: jax.Array, labels: jax.Array, entropy: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
-    row_max, logsum, picked, *h = _row_stats.bind(logits, labels, entropy=entropy)
-    return row_max, logsum, picked, h[0] if entropy else None
-
-
-def row_grad(
-    logits: jax.Array,
-    labels: jax.Array,
-    row_max: jax.Array,
-    logsum: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-) -> jax.Array:
-    """``p_j (A + B log p_j) + C 1{j = label}``, in the logits' storage if nobody reads it later."""
-    (dlogits,) = _row_grad.bind(logits, labels, row_max, logsum, a, b, c)
-    gradient: jax.Array = dlogits
-    return gradient
-
-
-def row_stats_grad(
-    logits: jax.Array, alpha: jax.Array, beta: jax.Array, entropy_weight: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """``(row_max, logsum, entropy, dlogits)`` in one read and one write."""
-    weights = () if entropy_weight is None else (entropy_weight,)
-    row_max, logsum, *h, dlogits = _row_stats_grad.bind(logits, alpha, beta, *weights)
-    return row_max, logsum, h[0] if h else None, dlogits
 
 
 def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -95,7 +66,7 @@ def _row_stats_on(ctx: Any) -> Function:
     capability = _capability(ctx)
 
     def run(q: jax.Array, labels: jax.Array, entropy: bool = False) -> Any:
-        out = [_vector(q)] * (4 if entropy else 3)
+        out = [vector_like(q)] * (4 if entropy else 3)
         launch = dict(dispatch.row_stats(q.shape[-1], _family(capability)).launch)
         if not entropy:
             launch["entropy"] = None
@@ -114,7 +85,7 @@ def _row_grad_on(ctx: Any) -> Function:
         block = dispatch.row_grad(_family(capability))
         return _call(
             ("row_grad", "row_grad"), capability, q,
-            [*vectors, *_sizes(q), *_strides(q), *_strides(q)], [_like(q)],
+            [*vectors, *_sizes(q), *_strides(q), *_strides(q)], [array_like(q)],
             grid=(_rows(q), block.programs(q.shape[-1])), aliases={0: 0},
             EDGES=_edges(q), MATCHED=True, **block.launch,
         )  # fmt: skip
@@ -134,7 +105,8 @@ def _row_stats_grad_on(ctx: Any) -> Function:
         given = [alpha, beta, *(weight or (alpha,))]
         row_max, logsum, h, dlogits = _call(
             (name, "row_stats_grad"), capability, q,
-            [*given, *_sizes(q), *_strides(q), *_strides(q)], [*[_vector(q)] * 3, _like(q)],
+            [*given, *_sizes(q), *_strides(q), *_strides(q)],
+            [*[vector_like(q)] * 3, array_like(q)],
             grid=(_rows(q),), aliases={0: 3},
             ENTROPY=entropy, EDGES=_edges(q), MATCHED=True, **form.launch,
         )  # fmt: skip
@@ -201,14 +173,6 @@ def _edges(q: jax.Array) -> bool:
     return bool(q.shape[-1] * q.dtype.itemsize % 16)
 
 
-def _vector(q: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)  # type: ignore[no-untyped-call]
-
-
-def _like(q: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(q.shape, q.dtype)  # type: ignore[no-untyped-call]
-
-
-_row_stats = operation(reference.row_stats, cuda=_row_stats_on)
-_row_grad = operation(reference.row_grad, cuda=_row_grad_on)
-_row_stats_grad = operation(reference.row_stats_grad, cuda=_row_stats_grad_on)
+row_stats = operation(reference.row_stats, cuda=_row_stats_on)
+row_grad = operation(reference.row_grad, cuda=_row_grad_on)
+row_stats_grad = operation(reference.row_stats_grad, cuda=_row_stats_grad_on)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from irl_ops import algebra
 
+KNOWN = (algebra.mle_objective, algebra.iqlearn_objective, algebra.online_iqlearn_objective)
+"""The objectives of backends that have a scalar algebra of their own."""
+
 
 class Call(NamedTuple):
     """The arguments of ``online_iqlearn_loss``, or of those losses that are a part of it."""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
 from irl_ops import algebra
+from irl_ops.arguments import Reduction
 from irl_ops.torch import ops, single_pass
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.call import Call
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
-Boundary = Literal["terminal", "bootstrap", "drop"]
-Reduction = Literal["mean", "sum", "none"]
 
 
 def loss_of(

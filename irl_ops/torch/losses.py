@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from irl_ops import algebra
+from irl_ops.arguments import Boundary, Reduction
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.forward import Boundary, Loss, Reduction, loss_of
+from irl_ops.torch.forward import Loss, loss_of
 
 
 def iqlearn_loss(

@@ -14,9 +14,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.torch import native
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.call import Call, Outcome
-
-KNOWN = (algebra.mle_objective, algebra.iqlearn_objective, algebra.online_iqlearn_objective)
+from irl_ops.torch.call import KNOWN, Call, Outcome
 
 
 def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome | None:
@@ -80,9 +78,7 @@ def _fields(call: Call) -> tuple[Any, list[Tensor]]:
         seen.position_ids = address(options["position_ids"], torch.int64)
     if options["cu_seqlens"] is not None:
         seen.cu_seqlens = options["cu_seqlens"].tolist()
-    if options["eos_token_id"] is not None:
-        eos = options["eos_token_id"]
-        seen.eos_token_ids = [eos] if isinstance(eos, int) else eos
+    seen.eos_token_ids = algebra.end_tokens(options["eos_token_id"])
     for name, flags in (("truncated", options["truncated"]), ("is_expert", terms.get("is_expert"))):
         if flags is not None:
             by_row = flags.shape == call.labels.shape
@@ -95,7 +91,7 @@ def _fields(call: Call) -> tuple[Any, list[Tensor]]:
             setattr(seen, name, float(terms[name]))
     seen.td, seen.detach_next = bool(terms), call.detach_next
     seen.entropy_coef = float(call.entropy_coef)
-    seen.entropy = isinstance(call.entropy_coef, Tensor) or call.entropy_coef != 0
+    seen.entropy = algebra.needs_entropy(call.entropy_coef)
     seen.mean = call.reduction == "mean"
     if call.num_items is not None:
         pair = call.num_items if isinstance(call.num_items, tuple) else (call.num_items,) * 2

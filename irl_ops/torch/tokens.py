@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from irl_ops.arguments import Boundary
 from irl_ops.torch import ops
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.forward import Boundary, prepare, statistics, transition
+from irl_ops.torch.forward import prepare, statistics, transition
 
 
 class TokenStats(NamedTuple):

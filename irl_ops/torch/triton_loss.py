@@ -10,7 +10,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.torch import triton
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.call import Call, Outcome
+from irl_ops.torch.call import KNOWN, Call, Outcome
 
 BLOCK = 256  # rows a program
 NUMBERS = ("lam", "gamma", "alpha")
@@ -21,9 +21,8 @@ def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome | None
 
     None for an objective that ``irl_ops.kernels.triton.transitions`` does not know.
     """
-    known = (algebra.mle_objective, algebra.iqlearn_objective, algebra.online_iqlearn_objective)
     n, shape = call.labels.numel(), call.labels.shape
-    if call.objective not in known or n == 0:
+    if call.objective not in KNOWN or n == 0:
         return None
     length, vocab, blocks = shape[-1], logits.shape[-1], -(-n // BLOCK)
     sequence, terms = call.sequence, call.terms
@@ -32,7 +31,7 @@ def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome | None
     entropy_coef = _number(call.entropy_coef, logits.device)
     items = call.num_items if isinstance(call.num_items, tuple) else (call.num_items,) * 2
     items = tuple(_number(1.0 if x is None else x, logits.device) for x in items)
-    with_entropy = not (isinstance(call.entropy_coef, int | float) and call.entropy_coef == 0)
+    with_entropy = algebra.needs_entropy(call.entropy_coef)
     present = dict(
         TD=td,
         VALUES=call.values is not None,
@@ -58,7 +57,7 @@ def loss_and_grad(call: Call, logits: Tensor, dlogits: Tensor) -> Outcome | None
         n, length, vocab, sequence["ignore_index"],
         labels, kinds, weights, partial,
         SHIFT=sequence["shift"],
-        EOS=_tokens(sequence["eos_token_id"]),
+        EOS=algebra.end_tokens(sequence["eos_token_id"]),
         BOUNDARY=sequence["boundary"],
         WHERE=where is not None,
         SEGMENTS=sequence["segment_ids"] is not None or sequence["cu_seqlens"] is not None,
@@ -126,12 +125,6 @@ def _segments(call: Call, n: int) -> Tensor | None:
     if ends is None:
         return _flat(call.sequence["segment_ids"])
     return torch.searchsorted(ends, torch.arange(n, device=ends.device), right=True)
-
-
-def _tokens(eos_token_id: Any) -> tuple[int, ...]:
-    if eos_token_id is None:
-        return ()
-    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
 
 
 def _number(x: Any, device: torch.device) -> Any:
