@@ -1,16 +1,18 @@
 """Which arguments the losses accept, for the arrays of any framework.
 
-Bad input raises at once, and the message names the argument, what came and what is accepted.
+Bad input raises at once, and the message names the argument, what came and what is accepted. What
+is accepted comes back normalised: plain numbers, end tokens as a tuple.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+import numbers
+from collections.abc import Sequence as ListOf
+from typing import Any, get_args
 
-Boundary = Literal["terminal", "bootstrap", "drop"]
-Reduction = Literal["mean", "sum", "none"]
+from irl_ops.algebra.options import Heads, Sequence, Weighting
+from irl_ops.options import Boundary, Reduction
 
 
 class Arguments:
@@ -46,6 +48,14 @@ class Arguments:
     def check_constant(self, name: str, x: Any) -> None:
         """No gradient by ``x`` is asked for, in frameworks that can tell beforehand."""
 
+    def peek(self, x: Any) -> float | None:
+        """The value of a 0-d array, where looking costs nothing; None elsewhere."""
+        return None
+
+    def peek_list(self, x: Any) -> list[int] | None:
+        """The values of a short array of integers, likewise."""
+        return None
+
     def check_logits(self, logits: Any, labels: Any) -> None:
         """Logits ``[..., T, V]`` in a float dtype, labels ``[..., T]`` in an integer one."""
         self._check_array("logits", logits, self.floats)
@@ -58,87 +68,67 @@ class Arguments:
         _check_shape("labels", labels, rows, "the shape of logits without its last axis")
         self.check_place("labels", labels, logits)
 
-    def check_sequence(
-        self,
-        labels: Any,
-        *,
-        ignore_index: Any,
-        where: Any,
-        shift: Any,
-        segment_ids: Any,
-        position_ids: Any,
-        cu_seqlens: Any,
-        eos_token_id: Any,
-        boundary: Any,
-        truncated: Any,
-    ) -> None:
-        """The options that say which row follows which."""
-        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-            raise TypeError(f"ignore_index is {ignore_index!r}; accepted: an int")
-        self.check_switches(shift=shift)
-        markers = dict(segment_ids=segment_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
-        given = [name for name, marker in markers.items() if marker is not None]
-        if len(given) > 1:
+    def sequence(self, labels: Any, vocab: int, given: Sequence) -> Sequence:
+        """The options that say which row follows which; end tokens as a tuple."""
+        if not isinstance(given.ignore_index, int) or isinstance(given.ignore_index, bool):
+            raise TypeError(f"ignore_index is {given.ignore_index!r}; accepted: an int")
+        self.check_switches(shift=given.shift)
+        names = ("segment_ids", "position_ids", "cu_seqlens")
+        marked = [name for name in names if getattr(given, name) is not None]
+        if len(marked) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are given; accepted: at most one of {', '.join(markers)}"
+                f"{' and '.join(marked)} are given; accepted: at most one of {', '.join(names)}"
             )
-        for name in ("segment_ids", "position_ids"):
-            if markers[name] is not None:
-                self._check_rows(name, markers[name], labels, self.integers)
-        if cu_seqlens is not None:
-            self._check_array("cu_seqlens", cu_seqlens, self.integers)
-            self.check_place("cu_seqlens", cu_seqlens, labels)
-            if labels.ndim != 1 or cu_seqlens.ndim != 1:
-                raise ValueError(
-                    f"cu_seqlens has shape {list(cu_seqlens.shape)} and labels "
-                    f"{list(labels.shape)}; accepted: cu_seqlens [S+1] with logits [N, V], "
-                    "labels [N]"
-                )
-        if where is not None:
-            self._check_rows("where", where, labels, self.flags)
-        if truncated is not None:
-            self.check_flags("truncated", truncated, labels)
-        _check_choice("boundary", boundary, get_args(Boundary))
-        if eos_token_id is not None and not _is_token(eos_token_id):
-            tokens = eos_token_id
-            if not isinstance(tokens, Sequence) or not tokens or not all(map(_is_token, tokens)):
-                raise TypeError(
-                    f"eos_token_id is {eos_token_id!r}; accepted: an int, a sequence of ints, None"
-                )
+        if given.segment_ids is not None:
+            self._check_rows("segment_ids", given.segment_ids, labels, self.integers)
+        if given.position_ids is not None:
+            self._check_rows("position_ids", given.position_ids, labels, self.integers)
+        if given.cu_seqlens is not None:
+            self._check_offsets(given.cu_seqlens, labels)
+        if given.where is not None:
+            self._check_rows("where", given.where, labels, self.flags)
+        if given.truncated is not None:
+            self.check_flags("truncated", given.truncated, labels)
+        _check_choice("boundary", given.boundary, get_args(Boundary))
+        if given.eos_token_id is None:
+            return given
+        return given._replace(eos_token_id=_tokens(given.eos_token_id, vocab))
 
-    def check_weights(
-        self, labels: Any, *, token_weights: Any, num_items: Any, reduction: Any
-    ) -> None:
-        """The options that say how rows are averaged; ``num_items`` as one number or a tuple."""
-        _check_choice("reduction", reduction, get_args(Reduction))
-        if token_weights is not None:
-            self._check_rows("token_weights", token_weights, labels, self.weights)
-            self.check_constant("token_weights", token_weights)
-        if num_items is None:
-            return
-        if reduction != "mean":
-            raise ValueError(f"num_items is given with reduction={reduction!r}; accepted: 'mean'")
-        for items in num_items if isinstance(num_items, tuple) else (num_items,):
-            self.check_scalar("num_items", items, labels, 0, math.inf)
-
-    def check_pair(self, num_items: Any) -> None:
-        """``num_items`` of a loss over two groups."""
-        pair = isinstance(num_items, tuple | list) and len(num_items) == 2
-        if num_items is not None and not pair:
-            raise TypeError(
-                f"num_items is {num_items!r}; accepted: the pair (expert, agent), or None"
+    def weighting(self, labels: Any, given: Weighting, pair: bool) -> Weighting:
+        """The options that say how rows are averaged; ``num_items`` as a pair."""
+        _check_choice("reduction", given.reduction, get_args(Reduction))
+        if given.token_weights is not None:
+            self._check_rows("token_weights", given.token_weights, labels, self.weights)
+            self.check_constant("token_weights", given.token_weights)
+        items: Any = given.num_items
+        if items is None:
+            return given
+        if pair and not (isinstance(items, tuple | list) and len(items) == 2):
+            raise TypeError(f"num_items is {items!r}; accepted: the pair (expert, agent), or None")
+        if given.reduction != "mean":
+            raise ValueError(
+                f"num_items is given with reduction={given.reduction!r}; accepted: 'mean'"
             )
+        if pair:
+            first, second = (self.number("num_items", x, labels, 0, math.inf) for x in items)
+        else:
+            first = second = self.number("num_items", items, labels, 0, math.inf)
+        return given._replace(num_items=(first, second))
 
-    def check_values(self, labels: Any, *, next_values: Any, values: Any) -> None:
+    def heads(self, labels: Any, given: Heads) -> Heads:
         """The arrays of values, float ``[..., T]``."""
-        for name, x in (("next_values", next_values), ("values", values)):
-            if x is not None:
-                self._check_rows(name, x, labels, self.floats)
+        self.check_switches(detach_next=given.detach_next)
+        if given.values is not None:
+            self._check_rows("values", given.values, labels, self.weights)
+        if given.next_values is not None:
+            self._check_rows("next_values", given.next_values, labels, self.weights)
+        return given
 
-    def check_scalar(
+    def number(
         self, name: str, x: Any, logits: Any, low: float, high: float, *, open_end: bool = False
-    ) -> None:
-        """A number within [low, high], or a 0-d array, whose value is not looked at."""
+    ) -> Any:
+        """A number within [low, high], or a 0-d array: looked at where that costs nothing."""
+        seen = x
         if self.is_array(x):
             if x.ndim != 0:
                 raise ValueError(
@@ -152,13 +142,21 @@ class Arguments:
             if self.is_array(logits):
                 self.check_place(name, x, logits)
             self.check_constant(name, x)
-            return
-        if isinstance(x, bool) or not isinstance(x, int | float):
+            seen = self.peek(x)
+            if seen is None:
+                return x
+        elif not isinstance(x, int | float):
+            if not isinstance(x, numbers.Real):
+                raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d {self.noun}")
+            seen = x = float(x)  # a scalar of NumPy
+        elif isinstance(x, bool):
             raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d {self.noun}")
-        open_end = open_end or high == math.inf
-        if not math.isfinite(x) or not (low <= x < high if open_end else low <= x <= high):
-            end = ")" if open_end else "]"
-            raise ValueError(f"{name} is {x}; accepted: [{low}, {high}{end}")
+        # comparisons alone: under a compiler the number may be a symbol
+        inside = low <= seen < high if open_end else low <= seen <= high
+        if not (inside and -math.inf < seen < math.inf):
+            end = ")" if open_end or high == math.inf else "]"
+            raise ValueError(f"{name} is {seen}; accepted: [{low}, {high}{end}")
+        return x
 
     def check_switches(self, **switches: Any) -> None:
         """Options that are True or False."""
@@ -167,35 +165,73 @@ class Arguments:
                 raise TypeError(f"{name} is {x!r}; accepted: True or False")
 
     def check_flags(self, name: str, x: Any, labels: Any) -> None:
-        """A bool a sequence or a bool a row."""
+        """One bool per sequence, or one per row."""
         if self.is_array(x) and x.shape == labels.shape[:-1] and x.dtype in self.flags:
             return self.check_place(name, x, labels)
         return self._check_rows(name, x, labels, self.flags, "or that without its last axis")
 
     def _check_rows(
-        self, name: str, x: Any, labels: Any, dtypes: Sequence[Any], also: str = ""
+        self, name: str, x: Any, labels: Any, dtypes: ListOf[Any], also: str = ""
     ) -> None:
         """An array of the labels' shape and place."""
         self._check_array(name, x, dtypes)
         _check_shape(name, x, labels.shape, f"the shape of labels {also}".strip())
         self.check_place(name, x, labels)
 
-    def _check_array(self, name: str, x: Any, dtypes: Sequence[Any]) -> None:
+    def _check_offsets(self, cu_seqlens: Any, labels: Any) -> None:
+        """``[S + 1]`` beside rows ``[N]``; from 0 to N, never decreasing, where it can be seen."""
+        self._check_array("cu_seqlens", cu_seqlens, self.integers)
+        self.check_place("cu_seqlens", cu_seqlens, labels)
+        if labels.ndim != 1 or cu_seqlens.ndim != 1:
+            raise ValueError(
+                f"cu_seqlens has shape {list(cu_seqlens.shape)} and labels {list(labels.shape)}; "
+                "accepted: cu_seqlens [S+1] with logits [N, V], labels [N]"
+            )
+        offsets = self.peek_list(cu_seqlens)
+        if offsets is None:
+            return
+        rows = labels.shape[0]
+        accepted = f"offsets that begin with 0, never decrease and end with the {rows} rows"
+        if not offsets or offsets[0] != 0:
+            raise ValueError(f"cu_seqlens[0] is {[*offsets, None][0]}; accepted: {accepted}")
+        for i in range(1, len(offsets)):
+            if offsets[i] < offsets[i - 1]:
+                raise ValueError(
+                    f"cu_seqlens[{i}] is {offsets[i]} behind {offsets[i - 1]}; accepted: {accepted}"
+                )
+        if offsets[-1] != rows:
+            last = len(offsets) - 1
+            raise ValueError(f"cu_seqlens[{last}] is {offsets[-1]}; accepted: {accepted}")
+
+    def _check_array(self, name: str, x: Any, dtypes: ListOf[Any]) -> None:
         if not self.is_array(x):
             raise TypeError(f"{name} is a {type(x).__name__}; accepted: a {self.array}")
         if x.dtype not in dtypes:
             raise TypeError(f"{name} is {x.dtype}; accepted: {', '.join(map(str, dtypes))}")
 
 
-def _is_token(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+def _tokens(ends: Any, vocab: int) -> tuple[int, ...]:
+    """The end tokens, in a tuple."""
+    listed = (ends,) if isinstance(ends, numbers.Integral) else ends
+    proper = isinstance(listed, ListOf) and len(listed) > 0 and not isinstance(listed, str)
+    if not proper or any(
+        isinstance(x, bool) or not isinstance(x, numbers.Integral) for x in listed
+    ):
+        raise TypeError(f"eos_token_id is {ends!r}; accepted: an int, a sequence of ints, None")
+    for token in listed:
+        if not 0 <= token < vocab:
+            raise ValueError(
+                f"eos_token_id is {ends!r}; accepted: tokens from 0 to {vocab - 1}, which the "
+                f"logits have {vocab} columns for"
+            )
+    return tuple(int(x) for x in listed)
 
 
-def _check_choice(name: str, x: Any, choices: Sequence[str]) -> None:
+def _check_choice(name: str, x: Any, choices: ListOf[str]) -> None:
     if x not in choices:
         raise ValueError(f"{name} is {x!r}; accepted: {', '.join(map(repr, choices))}")
 
 
-def _check_shape(name: str, x: Any, shape: Sequence[int], meaning: str) -> None:
+def _check_shape(name: str, x: Any, shape: ListOf[int], meaning: str) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; accepted: {list(shape)}, {meaning}")

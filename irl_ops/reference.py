@@ -13,8 +13,12 @@ import array_api_compat.numpy as xp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from irl_ops import algebra
+from irl_ops import algebra, terms
+from irl_ops.algebra import Coefficients, Finished, Rows
+from irl_ops.arguments import Arguments
+from irl_ops.call import read_loss, read_stats
 from irl_ops.kernels import reference as kernels
+from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, StatsOptions
 
 Float = NDArray[np.float64]
 
@@ -34,32 +38,36 @@ class TokenStats(NamedTuple):
 
     value: Float
     logprob: Float
-    entropy: Float
+    entropy: Float | None
     reward: Float
     next_value: Float
     kind: NDArray[np.int8]
+    correct: NDArray[np.bool_]
 
 
 def iqlearn_loss(
-    logits: ArrayLike, labels: ArrayLike, *, lam: float = 0.1, gamma: float = 1.0, **options: Any
+    logits: ArrayLike, labels: ArrayLike, *, grad_output: ArrayLike = 1.0, **options: Any
 ) -> Result:
     """Offline IQLearn (Eq. 14); see ``irl_ops.torch.iqlearn_loss``.
 
     Args:
         logits: ``[..., T, V]``.
         labels: integers ``[..., T]``.
-        lam: weight of the TD term.
-        gamma: discount.
-        **options: every other option of the torch function except ``return_metrics`` (always),
-            ``inplace`` and ``backend``; and ``grad_output``, the gradient that comes from above, a
-            number, or ``[..., T]`` for reduction="none".
+        grad_output: the gradient that comes from above, a number, or ``[..., T]`` for
+            reduction="none".
+        **options: those of the torch function; the metrics are always returned, and ``inplace`` and
+            ``backend`` change nothing.
     """
-    return _loss(algebra.iqlearn_objective, logits, labels, dict(lam=lam, gamma=gamma), **options)
+    return _loss(
+        "iqlearn_loss", IQLearnOptions, terms.iqlearn, logits, labels, options, grad_output
+    )
 
 
-def mle_loss(logits: ArrayLike, labels: ArrayLike, **options: Any) -> Result:
+def mle_loss(
+    logits: ArrayLike, labels: ArrayLike, *, grad_output: ArrayLike = 1.0, **options: Any
+) -> Result:
     """MLE, and entropy-regularised MLE (Eq. 18); see ``irl_ops.torch.mle_loss``."""
-    return _loss(algebra.mle_objective, logits, labels, {}, **options)
+    return _loss("mle_loss", MLEOptions, terms.mle, logits, labels, options, grad_output)
 
 
 def online_iqlearn_loss(
@@ -67,91 +75,138 @@ def online_iqlearn_loss(
     labels: ArrayLike,
     is_expert: ArrayLike,
     *,
-    alpha: float = 0.1,
-    lam: float = 0.1,
-    gamma: float = 1.0,
+    grad_output: ArrayLike = 1.0,
     **options: Any,
 ) -> Result:
     """Online IQLearn (Eqs. 15-17); see ``irl_ops.torch.online_iqlearn_loss``."""
-    terms = dict(is_expert=np.asarray(is_expert), alpha=alpha, lam=lam, gamma=gamma)
-    return _loss(algebra.online_iqlearn_objective, logits, labels, terms, **options)
+    return _loss(
+        "online_iqlearn_loss",
+        OnlineOptions,
+        terms.online_iqlearn,
+        logits,
+        labels,
+        options,
+        grad_output,
+        np.asarray(is_expert),
+    )
 
 
-def token_stats(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    gamma: float = 1.0,
-    next_values: ArrayLike | None = None,
-    values: ArrayLike | None = None,
-    **sequence: Any,
-) -> TokenStats:
+def token_stats(logits: ArrayLike, labels: ArrayLike, **options: Any) -> TokenStats:
     """Row statistics, the extracted reward and the kind of every row."""
-    logits = _float(logits)
-    rows = algebra.rows_of(xp, np.asarray(labels), logits.shape[-1], **_arrays(sequence))
-    stats = algebra.statistics(xp, rows.labels, *kernels.row_stats(logits, rows.labels, True))
-    step = algebra.transition(
-        xp, rows.kind, stats, gamma, next_values=_optional(next_values), values=_optional(values)
-    )
+    q, y = _float(logits), np.asarray(labels)
+    call = read_stats("token_stats", StatsOptions, arguments, q, y, _arrays(options))
+    rows = algebra.align(xp, y, q.shape[-1], call.sequence)
+    stats = algebra.statistics(xp, rows.labels, *kernels.row_stats(q, rows.labels, call.entropy))
+    step = algebra.transition(xp, rows.kind, stats, call.gamma, _heads(call.heads))
     return TokenStats(
-        step.value, stats.logprob, stats.entropy, step.reward, step.next_value, rows.kind
+        step.value,
+        stats.logprob,
+        stats.entropy,
+        step.reward,
+        step.next_value,
+        rows.kind,
+        stats.correct,
     )
+
+
+class NumpyArguments(Arguments):
+    """The checks for NumPy arrays, whose values can always be looked at."""
+
+    array, noun = "numpy.ndarray", "array"
+    floats = (np.dtype("float64"),)
+    integers = tuple(
+        map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"))
+    )
+    weights = tuple(map(np.dtype, ("float16", "float32", "float64"))) + integers
+    flags = (np.dtype("bool"),)
+
+    def is_array(self, x: Any) -> bool:
+        """Whether ``x`` is an array, and not a scalar."""
+        return isinstance(x, np.ndarray)
+
+    def is_real(self, x: Any) -> bool:
+        """Whether an array holds floats or integers."""
+        return x.dtype.kind in "fiu"
+
+    def peek(self, x: Any) -> float | None:
+        """The value of a 0-d array."""
+        return float(x)
+
+    def peek_list(self, x: Any) -> list[int] | None:
+        """The values of an array."""
+        listed: list[int] = x.tolist()
+        return listed
+
+
+arguments = NumpyArguments()
+
+
+class Dense:
+    """The pass over whole logits."""
+
+    def __init__(self, logits: Float) -> None:
+        self.logits = logits
+
+    def label_logit(self, labels: Any) -> Float:
+        """``q[label]``."""
+        picked: Float = kernels.label_logit(self.logits, labels)
+        return picked
+
+    def stats_grad(self, labels: Any, given: Coefficients, finish: Any) -> tuple[Float, Finished]:
+        """The gradient, and what was finished, in one window."""
+        row_max, logsum, entropy, dlogits = kernels.row_stats_grad(self.logits, *given)
+        picked = self.label_logit(labels)
+        done = finish(lambda x: x, row_max, logsum, picked, entropy, 0.0)
+        return kernels.set_label(dlogits, labels, done.element), done
 
 
 def _loss(
-    objective: Any,
+    caller: str,
+    group: type,
+    terms_of: Any,
     logits: ArrayLike,
     labels: ArrayLike,
-    terms: dict[str, Any],
-    *,
-    entropy_coef: float = 0.0,
-    token_weights: ArrayLike | None = None,
-    num_items: Any = None,
-    reduction: str = "mean",
-    detach_next: bool = False,
-    next_values: ArrayLike | None = None,
-    values: ArrayLike | None = None,
-    grad_output: ArrayLike = 1.0,
-    **sequence: Any,
+    options: dict[str, Any],
+    grad_output: ArrayLike,
+    is_expert: Any = None,
 ) -> Result:
-    logits, labels = _float(logits), np.asarray(labels)
-    rows = algebra.rows_of(xp, labels, logits.shape[-1], **_arrays(sequence))
-    weights = np.ones(labels.shape) if token_weights is None else _float(token_weights)
-    loss = objective(
-        xp,
-        rows.kind,
-        weights,
-        reduction=reduction,
-        num_items=num_items,
-        entropy_coef=entropy_coef,
-        **terms,
+    q, y = _float(logits), np.asarray(labels)
+    options = _arrays(options)
+    call = read_loss(caller, group, arguments, terms_of, q, y, options, True, is_expert)
+    rows: Rows = algebra.align(xp, y, q.shape[-1], call.sequence)
+    weighting = call.weighting
+    given = weighting.token_weights
+    weighting = weighting._replace(
+        token_weights=np.ones(y.shape) if given is None else _float(given)
     )
-    heads = dict(next_values=_optional(next_values), values=_optional(values))
-    # the loss is linear in its weights, so a gradient from above is a factor on them
-    above = _float(grad_output)
-    scaled = loss._replace(mle=above * loss.mle, td=None if loss.td is None else above * loss.td)
-    out = algebra.single_pass(xp, kernels, logits, rows, scaled, detach_next=detach_next, **heads)
-    per_row = algebra.row_losses(xp, loss, out.stats, out.step.reward)
-    return Result(
-        per_row if reduction == "none" else np.sum(per_row),
-        out.dlogits,
-        out.dvalues,
-        out.dnext_values,
-        algebra.metrics(xp, rows.kind, loss, out.stats, out.step),
-    )
+    loss = algebra.weigh(xp, rows.kind, call.terms, weighting)
+    above = algebra.weigh(xp, rows.kind, call.terms, weighting, _float(grad_output))
+    heads = _heads(call.heads)
+    with np.errstate(all="ignore"):  # what is infinite, or no number, is meant to be
+        out = algebra.loss_and_grad(xp, Dense(q), rows, above, heads)
+        per_row = algebra.row_losses(xp, loss, out.done.stats, out.done.step)
+    total = per_row if weighting.reduction == "none" else np.sum(per_row)
+    return Result(total, out.gradient, out.dvalues, out.dnext_values, out.metrics)
 
 
 def _float(x: ArrayLike) -> Float:
     return np.asarray(x, dtype=np.float64)
 
 
-def _arrays(sequence: dict[str, Any]) -> dict[str, Any]:
-    arrays = {"where", "segment_ids", "position_ids", "cu_seqlens", "truncated"}
+def _heads(heads: algebra.Heads) -> algebra.Heads:
+    values, next_values = (
+        None if x is None else _float(x) for x in (heads.values, heads.next_values)
+    )
+    return heads._replace(values=values, next_values=next_values)
+
+
+def _arrays(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that are arrays may come as lists."""
+    names = (
+        "where", "segment_ids", "position_ids", "cu_seqlens", "truncated", "token_weights",
+        "values", "next_values",
+    )  # fmt: skip
     return {
-        name: np.asarray(option) if name in arrays and option is not None else option
-        for name, option in sequence.items()
+        name: np.asarray(option) if name in names and option is not None else option
+        for name, option in options.items()
     }
-
-
-def _optional(x: ArrayLike | None) -> Float | None:
-    return None if x is None else _float(x)

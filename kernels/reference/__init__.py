@@ -70,7 +70,11 @@ def row_stats_grad(
     q = xp.where(unread[..., None], 0.0, _upcast(logits))
     alpha, beta = xp.where(unread, 0.0, alpha), xp.where(unread, 0.0, beta)
     row_max, logsum = _normaliser(q)
-    a, b, entropy = alpha + xp.where(beta != 0, beta * (row_max + logsum), 0.0), 0 * alpha, None
+    a, b, entropy = (
+        alpha + xp.where(beta != 0, beta * (row_max + logsum), 0.0),
+        xp.zeros_like(alpha),
+        None,
+    )
     if entropy_weight is not None:
         b = xp.where(unread, 0.0, entropy_weight)
         entropy = xp.where(unread, 0.0, _entropy(q, row_max, logsum))
@@ -109,12 +113,20 @@ def _is_label(logits: Array, labels: Array) -> Array:
 
 
 def _normaliser(q: Array) -> tuple[Array, Array]:
-    """``row_max`` and ``log sum_j exp(q_j - row_max)``."""
+    """``row_max`` and ``log sum_j exp(q_j - row_max)``.
+
+    The terms of the maximum itself are 1 and are counted, not summed, so that a confident row keeps
+    the others, which vanish beside 1: log(1 + rest) and not log(1).
+    """
     xp = array_namespace(q)
     row_max = xp.max(q, axis=-1)
     # all -inf: no mass, so that logsum and the value are -inf, as those of an empty shard are
     origin = xp.where(row_max == -xp.inf, 0.0, row_max)
-    return row_max, xp.log(xp.sum(xp.exp(q - origin[..., None]), axis=-1))
+    centred = q - origin[..., None]
+    at_max = centred == 0
+    rest = xp.sum(xp.where(at_max, 0.0, xp.exp(centred)), axis=-1)
+    ties = xp.sum(xp.astype(at_max, q.dtype), axis=-1)
+    return row_max, xp.log1p(rest + (ties - 1.0))
 
 
 def _entropy(q: Array, row_max: Array, logsum: Array) -> Array:

@@ -1,0 +1,125 @@
+"""From the options of a public function to records: checked, normalised, and none left over."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from irl_ops.algebra.options import Heads, Sequence, Terms, Weighting
+from irl_ops.arguments import Arguments
+from irl_ops.options import DEFAULTS, refuse
+
+
+class Call(NamedTuple):
+    """One call of a loss."""
+
+    terms: Terms
+    sequence: Sequence
+    weighting: Weighting
+    heads: Heads
+    metrics: bool  # whether they are wanted
+    inplace: bool
+    backend: str
+
+
+class StatsCall(NamedTuple):
+    """One call of ``token_stats``."""
+
+    gamma: Any
+    sequence: Sequence
+    heads: Heads
+    entropy: bool
+    backend: str
+
+
+def read_loss(
+    caller: str,
+    group: type,
+    arguments: Arguments,
+    terms_of: Callable[..., Terms],
+    logits: Any,
+    labels: Any,
+    options: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Any = None,
+) -> Call:
+    """The records of a loss's call.
+
+    Args:
+        caller: name of the public function, for messages.
+        group: the TypedDict of its options.
+        arguments: the framework's checks.
+        terms_of: a function of ``irl_ops.terms``.
+        logits: ``[..., T, V]``.
+        labels: ``[..., T]``.
+        options: what the user gave; emptied.
+        return_metrics: another option, which decides the type of the result.
+        is_expert: the third array of the online losses.
+    """
+    arguments.check_logits(logits, labels)
+    pair = is_expert is not None
+    if pair:
+        arguments.check_flags("is_expert", is_expert, labels)
+    number = functools.partial(_number, arguments, logits, options)
+    terms = terms_of(number, is_expert) if pair else terms_of(number)
+    terms = terms._replace(
+        entropy_coef=_unless_zero(number("entropy_coef", -math.inf, math.inf)),
+        z_loss=_unless_zero(number("z_loss", -math.inf, math.inf)),
+    )
+    take = functools.partial(_take, options)
+    weighting = arguments.weighting(labels, take(Weighting), pair)
+    sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
+    heads = arguments.heads(labels, take(Heads) if terms.td is not None else Heads())
+    inplace, backend = options.pop("inplace", False), options.pop("backend", "auto")
+    if options:
+        refuse(caller, list(options), group)
+    arguments.check_switches(return_metrics=return_metrics, inplace=inplace)
+    if inplace and weighting.reduction == "none":
+        raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
+    return Call(terms, sequence, weighting, heads, return_metrics, inplace, backend)
+
+
+def read_stats(
+    caller: str,
+    group: type,
+    arguments: Arguments,
+    logits: Any,
+    labels: Any,
+    options: dict[str, Any],
+) -> StatsCall:
+    """The records of a call of ``token_stats``; arguments as for ``read_loss``."""
+    arguments.check_logits(logits, labels)
+    gamma = _number(arguments, logits, options, "gamma", 0.0, 1.0)
+    take = functools.partial(_take, options)
+    sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
+    heads = arguments.heads(labels, take(Heads))
+    entropy, backend = options.pop("entropy", True), options.pop("backend", "auto")
+    if options:
+        refuse(caller, list(options), group)
+    arguments.check_switches(entropy=entropy)
+    return StatsCall(gamma, sequence, heads, entropy, backend)
+
+
+def _number(
+    arguments: Arguments,
+    logits: Any,
+    options: dict[str, Any],
+    name: str,
+    low: float,
+    high: float,
+    open_end: bool = False,
+) -> Any:
+    given = options.pop(name, DEFAULTS[name])
+    return arguments.number(name, given, logits, low, high, open_end=open_end)
+
+
+def _take(options: dict[str, Any], record: Any) -> Any:
+    """The options that are fields of a record."""
+    return record(**{name: options.pop(name) for name in record._fields if name in options})
+
+
+def _unless_zero(x: Any) -> Any:
+    """None for a term that the number 0 leaves out; the value of an array is not looked at."""
+    return None if isinstance(x, int | float) and x == 0 else x

@@ -1,0 +1,137 @@
+"""The options of the losses as users write them: named and typed once, for every framework.
+
+A public function takes ``**options: Unpack[...]`` of one of the groups below; ``signature`` shows
+them one by one, with their defaults, to ``help`` and ``inspect``. ``Array`` stands for the
+framework's arrays. What an option means is said in ``irl_ops.torch.iqlearn_loss``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from collections.abc import Sequence as ListOf
+from typing import Any, Generic, Literal, NoReturn, TypedDict, TypeVar
+
+from irl_ops.algebra.options import Heads, Sequence, Weighting
+
+Boundary = Literal["terminal", "bootstrap", "drop"]
+Reduction = Literal["mean", "sum", "none"]
+Array = TypeVar("Array")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class SequenceOptions(TypedDict, Generic[Array], total=False):
+    """Which rows carry a label, and which row follows which."""
+
+    ignore_index: int
+    where: Array | None
+    shift: bool
+    segment_ids: Array | None
+    position_ids: Array | None
+    cu_seqlens: Array | None
+    eos_token_id: int | ListOf[int] | None
+    boundary: Boundary
+    truncated: Array | None
+
+
+class HeadOptions(TypedDict, Generic[Array], total=False):
+    """Where values come from, other than the logits."""
+
+    detach_next: bool
+    next_values: Array | None
+    values: Array | None
+
+
+class LikelihoodOptions(SequenceOptions[Array], total=False):
+    """What every loss takes."""
+
+    entropy_coef: float | Array
+    z_loss: float | Array
+    token_weights: Array | None
+    reduction: Reduction
+    inplace: bool
+    backend: str
+
+
+class MLEOptions(LikelihoodOptions[Array], total=False):
+    """Of ``mle_loss``."""
+
+    num_items: float | Array | None
+
+
+class IQLearnOptions(LikelihoodOptions[Array], HeadOptions[Array], total=False):
+    """Of ``iqlearn_loss``."""
+
+    lam: float | Array
+    gamma: float | Array
+    num_items: float | Array | None
+
+
+class OnlineOptions(LikelihoodOptions[Array], HeadOptions[Array], total=False):
+    """Of ``online_iqlearn_loss``."""
+
+    alpha: float | Array
+    lam: float | Array
+    gamma: float | Array
+    num_items: tuple[float | Array, float | Array] | None
+
+
+class StatsOptions(SequenceOptions[Array], HeadOptions[Array], total=False):
+    """Of ``token_stats``."""
+
+    gamma: float | Array
+    entropy: bool
+    backend: str
+
+
+DEFAULTS: dict[str, Any] = {
+    "alpha": 0.1,
+    "lam": 0.1,
+    "gamma": 1.0,
+    "entropy_coef": 0.0,
+    "z_loss": 0.0,
+    **Sequence._field_defaults,
+    **Weighting._field_defaults,
+    **Heads._field_defaults,
+    "entropy": True,
+    "return_metrics": False,
+    "inplace": False,
+    "backend": "auto",
+}
+"""The default of every option, in the order in which signatures show them."""
+
+
+def signature(options: type) -> Callable[[Function], Function]:
+    """Shows the options of that group in the place of ``**options``."""
+    group: Any = options
+
+    def show(function: Function) -> Function:
+        plain = inspect.signature(function)
+        named = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        types = {p.name: p.annotation for p in named} | annotations(group)
+        shown = [p for p in named if p.kind is not p.KEYWORD_ONLY]
+        shown += [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name]
+            )
+            for name, default in DEFAULTS.items()
+            if name in types and name not in {p.name for p in shown}
+        ]
+        function.__signature__ = plain.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return show
+
+
+def annotations(group: Any) -> dict[str, Any]:
+    """The names of a group's options, those of the groups it is made of among them."""
+    base = getattr(group, "__origin__", group)
+    return dict(base.__annotations__)
+
+
+def refuse(caller: str, unknown: ListOf[str], group: Any) -> NoReturn:
+    """The TypeError for options that a function does not have."""
+    accepted = [name for name in DEFAULTS if name in annotations(group)]
+    raise TypeError(
+        f"{caller} has no option {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
+    )
