@@ -10,7 +10,7 @@ EXTRAS ?= demo,dev
 ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-CPP    := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h bindings/*.cpp bindings/*.h)
+CPP    := $(wildcard $(foreach room,kernels/cpu irl_ops/algebra/cpu bindings,$(room)/*.cpp $(room)/*.h))
 
 # The compiler of the environment, else the first one found; setuptools reads the variable.
 ifeq ($(origin CXX),default)

@@ -79,12 +79,12 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", 
 
 native = Pybind11Extension(
     "irl_ops._native",
-    files("kernels/cpu/*.cpp", "bindings/*.cpp"),
-    include_dirs=["kernels/cpu"],
+    files("kernels/cpu/*.cpp", "irl_ops/algebra/cpu/*.cpp", "bindings/*.cpp"),
+    include_dirs=["kernels/cpu", "irl_ops/algebra/cpu"],
     define_macros=[("IRL_OPS_XLA", "1")] if XLA_INCLUDE else [],
     # setup.py is a dependency because the flags live here: without it, a change of flags alone
     # would leave the old extension in place.
-    depends=[*files("kernels/cpu/*.h", "bindings/*.h"), "setup.py"],
+    depends=[*files("kernels/cpu/*.h", "irl_ops/algebra/cpu/*.h", "bindings/*.h"), "setup.py"],
     extra_compile_args=[*FLAGS, "-pthread", *(["-isystem", XLA_INCLUDE] if XLA_INCLUDE else [])],
     extra_link_args=["-pthread"],
     cxx_std=17,

@@ -80,37 +80,37 @@ def scale(
 ) -> None: ...
 
 class Call:
-    """The fields of a loss call: numbers as they are, arrays by address, 0 for absent ones."""
+    """The fields of a call: numbers as they are, arrays by address, 0 for absent ones."""
 
     length: int
     labels: int
     ignore_index: int
-    where: int
     shift: bool
+    eos_token_id: Sequence[int]
+    boundary: str
+    where: int
     segment_ids: int
     position_ids: int
     cu_seqlens: Sequence[int]
-    eos_token_ids: Sequence[int]
-    boundary: str
     token_weights: int
-    td: bool
-    lam: float
-    gamma: float
-    alpha: float
-    entropy_coef: float
-    entropy: bool
     mean: bool
-    counted: bool
-    expert_items: float
-    agent_items: float
-    detach_next: bool
+    has_td: bool
+    gamma: float
     values: int
     next_values: int
+    detach_next: bool
 
     def set_truncated(self, at: int, by_row: bool) -> None: ...
     def set_is_expert(self, at: int, by_row: bool) -> None: ...
+    def set_num_items(self, expert: float, agent: float) -> None: ...
+    def set_mle(self, number: float, at: int) -> None: ...
+    def set_td(self, number: float, at: int) -> None: ...
+    def set_agent_td(self, number: float, at: int) -> None: ...
+    def set_above(self, number: float, at: int) -> None: ...
+    def set_entropy_coef(self, x: float) -> None: ...
+    def set_z_loss(self, x: float) -> None: ...
 
-def loss_and_grad(
+def loss(
     logits: int,
     dtype: str,
     sizes: Sequence[int],
@@ -119,12 +119,52 @@ def loss_and_grad(
     call: Call,
     dlogits: int,
     dlogits_strides: Sequence[int],
+    row_losses: int,
     dvalues: int,
     dnext_values: int,
     threads: int,
     isa: str = "",
-) -> tuple[float, float, float, float, float, float, float] | int:
-    """Loss, nll, value, entropy, td, reward, tokens; or the first row whose label is bad."""
+) -> tuple[float, float, float, float, float, float, float, float, float] | int:
+    """Loss, nll, value, entropy, td, reward, accuracy, z, tokens; or a row with a bad label."""
+
+def token_stats(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    call: Call,
+    out: Sequence[int],
+    threads: int,
+    isa: str = "",
+) -> int:
+    """The first row whose label is bad, or -1; writes the ten arrays at ``out``."""
+
+def token_stats_grad(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    call: Call,
+    kept: Sequence[int],
+    above: Sequence[int],
+    dlogits: int,
+    dlogits_strides: Sequence[int],
+    dvalues: int,
+    dnext_values: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def stages(
+    call: Call,
+    vocab: int,
+    row_max: Sequence[float],
+    logsum: Sequence[float],
+    label_logit: Sequence[float],
+    entropy: Sequence[float],
+) -> dict[str, list[float]]:
+    """What every stage returns, by name, for the test that holds all forms of the algebra equal."""
 
 def use_openmp(parallel: int) -> None: ...
 def xla_targets() -> dict[str, object]:

@@ -41,7 +41,8 @@ def weigh(
         expert = _share(xp, weights, labelled & is_expert, weighting.reduction, items[0])
         agent = _share(xp, weights, labelled & ~is_expert, weighting.reduction, items[1])
     if above is not None:
-        expert, agent = above * expert, None if agent is None else above * agent
+        expert = xp.where(expert != 0, above * expert, 0.0)
+        agent = None if agent is None else xp.where(agent != 0, above * agent, 0.0)
     td = None
     if terms.td is not None:
         td = terms.td * expert if agent is None else terms.td * expert + terms.agent_td * agent

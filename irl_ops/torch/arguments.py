@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from irl_ops.algebra import Sequence
 from irl_ops.arguments import Arguments
 
 
@@ -15,9 +16,9 @@ class TorchArguments(Arguments):
     """The checks for tensors, which have devices, may require a gradient, and may be a leaf."""
 
     array, noun = "torch.Tensor", "tensor"
-    floats = (torch.float32, torch.bfloat16, torch.float16)
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     integers = (torch.int32, torch.int64)
-    weights = (*floats, torch.float64)
+    weights = floats
     flags = (torch.bool,)
 
     def is_array(self, x: Any) -> bool:
@@ -27,6 +28,15 @@ class TorchArguments(Arguments):
     def is_real(self, x: Tensor) -> bool:
         """Whether a tensor holds floats or integers."""
         return not x.is_complex() and x.dtype != torch.bool
+
+    def peek(self, x: Tensor) -> float | None:
+        """The value of a 0-d tensor on the CPU, outside of compilers and transforms."""
+        return x.item() if _can_look(x) else None
+
+    def peek_list(self, x: Tensor) -> list[int] | None:
+        """The values of a tensor of integers, likewise."""
+        listed: list[int] | None = x.tolist() if _can_look(x) else None
+        return listed
 
     def check_logits(self, logits: Any, labels: Any) -> None:
         """As every framework's, and without a transform that the losses do not know."""
@@ -58,6 +68,8 @@ class TorchArguments(Arguments):
 
     def check_inplace(self, logits: Tensor) -> None:
         """The gradient may take the logits' storage unless somebody else is sure to need it."""
+        if torch.compiler.is_compiling():
+            return  # the compiler decides about storage
         base = logits if logits._base is None else logits._base
         if logits.is_leaf or (base.is_leaf and base.requires_grad):
             raise ValueError(
@@ -80,15 +92,24 @@ class TorchArguments(Arguments):
             extent = max(extent, stride * size)
 
     def refuse_label(
-        self, labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool
+        self, labels: Tensor, given: Tensor, vocab: int, sequence: Sequence
     ) -> NoReturn:
         """The IndexError for the first bad one of the ``labels``, aligned with their rows."""
         *lead, row = (labels >= vocab).nonzero()[0].tolist()
-        position = (*lead, row + shift)
+        position = (*lead, row + sequence.shift)
+        label = int(given[position])
+        if 0 <= label < vocab and sequence.cu_seqlens is not None:
+            self._check_offsets(sequence.cu_seqlens, given)
         raise IndexError(
-            f"labels[{', '.join(map(str, position))}] is {given[position].item()}; accepted: "
-            f"0 to {vocab - 1} (the logits have {vocab} columns) and ignore_index={ignore_index}"
+            f"labels[{', '.join(map(str, position))}] is {label}; accepted: 0 to {vocab - 1} (the "
+            f"logits have {vocab} columns) and ignore_index={sequence.ignore_index}"
         )
+
+
+def _can_look(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _refuse_tangent(x: Tensor) -> None:

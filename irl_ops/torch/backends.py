@@ -11,6 +11,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from irl_ops.torch import native, plain, triton
 
@@ -39,24 +40,37 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *([accelerator] if accelerator else [])]
 
 
-def choose(name: str, device: torch.device) -> str:
-    """The backend for tensors on ``device``; "auto" is the fastest that serves it.
+def choose(name: str, logits: Tensor) -> str:
+    """The backend for ``logits``; "auto" is the fastest that serves their device and dtype.
 
-    The environment variable IRL_OPS_BACKEND, where set, replaces "auto".
+    The environment variable IRL_OPS_BACKEND, where set and not empty, replaces "auto".
 
     Raises:
-        ValueError: the backend is unknown, or cannot serve the device; says why.
+        ValueError: the backend is unknown, or cannot serve the logits; says why.
     """
-    if name == "auto":
-        name = os.environ.get("IRL_OPS_BACKEND", "auto")
+    option = "backend"
+    if name == "auto" and os.environ.get("IRL_OPS_BACKEND"):
+        option, name = "the environment variable IRL_OPS_BACKEND", os.environ["IRL_OPS_BACKEND"]
     if name == "auto":
         # Triton on a CPU is its interpreter, which is asked for by name
-        names = (n for n in BACKENDS if not (n == "triton" and device.type == "cpu"))
-        return next(n for n in names if BACKENDS[n].unavailable(device) is None)
+        on_cpu = logits.device.type == "cpu"
+        names = (n for n in BACKENDS if not (n == "triton" and on_cpu))
+        return next(n for n in names if reason_against(n, logits) is None)
     if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
-        raise ValueError(f"backend is {name!r}; accepted: {accepted}")
-    reason = BACKENDS[name].unavailable(device)
+        raise ValueError(f"{option} is {name!r}; accepted: {accepted}")
+    reason = reason_against(name, logits)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot serve logits on {device.type}: {reason}")
+        raise ValueError(
+            f"{option} {name!r} cannot serve {logits.dtype} logits on {logits.device.type}: "
+            f"{reason}"
+        )
     return name
+
+
+def reason_against(name: str, logits: Tensor) -> str | None:
+    """Why a backend cannot serve these logits, or None."""
+    reason: str | None = BACKENDS[name].unavailable(logits.device)
+    if reason is None and logits.dtype == torch.float64 and name != "reference":
+        return "its arithmetic is float32; float64 is computed by 'reference' alone"
+    return reason

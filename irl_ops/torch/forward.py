@@ -1,128 +1,70 @@
-"""From checked arguments to a loss: rows, weights, and the cheapest pass that serves."""
+"""From checked records to a loss: by the backend as a whole, or step by step for a compiler."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from irl_ops import algebra
-from irl_ops.arguments import Reduction
-from irl_ops.torch import ops, single_pass
+from irl_ops.call import Call
+from irl_ops.torch import traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
-from irl_ops.torch.call import Call
+from irl_ops.torch.gradients import AtOnce, Later
+from irl_ops.torch.whole import WHOLE
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
-def loss_of(
-    objective: Callable[..., algebra.Objective],
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    terms: dict[str, Any],
-    sequence: dict[str, Any],
-    entropy_coef: float | Tensor,
-    token_weights: Tensor | None,
-    num_items: Any,
-    reduction: Reduction,
-    return_metrics: bool,
-    inplace: bool,
-    backend: str,
-    detach_next: bool = False,
-    next_values: Tensor | None = None,
-    values: Tensor | None = None,
-) -> Loss:
-    """Any loss, by its objective: in a single pass where a scalar loss needs a gradient."""
-    arguments.check_scalar("entropy_coef", entropy_coef, logits, -math.inf, math.inf)
-    arguments.check_switches(
-        detach_next=detach_next, return_metrics=return_metrics, inplace=inplace
-    )
-    given = logits
-    logits, backend = prepare(logits, labels, sequence, backend)
-    arguments.check_weights(
-        labels, token_weights=token_weights, num_items=num_items, reduction=reduction
-    )
-    arguments.check_values(labels, next_values=next_values, values=values)
-    call = Call(
-        objective,
-        labels,
-        terms,
-        sequence,
-        entropy_coef,
-        token_weights,
-        num_items,
-        reduction,
-        detach_next,
-        next_values,
-        values,
-        return_metrics,
-    )
-    differentiable = logits.requires_grad and torch.is_grad_enabled()
+def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
+    """Any loss. Where a gradient is asked for, it is computed with the loss, or behind it.
+
+    With the loss ("at once") it takes one read and one write of the logits. Behind it, in the
+    backward pass, it takes one more read, and the gradient from above enters before anything is
+    rounded: for float16, whose 1/N alone underflows before the factor of a GradScaler; for
+    reduction "none", whose gradient from above is a vector; and for float64.
+    """
+    backend = choose(call.backend, logits)
+    heads = call.heads
+    heads_wanted = any(x is not None and x.requires_grad for x in (heads.values, heads.next_values))
+    differentiable = torch.is_grad_enabled() and (logits.requires_grad or heads_wanted)
+    inplace = call.inplace and differentiable and logits.requires_grad
     if inplace:
-        if reduction == "none":
-            raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
-        if differentiable:
-            arguments.check_inplace(given)
-    # A float16 gradient waits for the backward pass, so that the factor of a GradScaler reaches it
-    # before it is rounded: 1/N alone underflows.
-    at_once = reduction != "none" and (inplace or logits.dtype != torch.float16)
-    if differentiable and at_once:
-        summed, metrics = single_pass.loss_and_metrics(call, logits, inplace, backend)
-        return summed if metrics is None else (summed, metrics)
-    rows = ops.rows_of(labels, logits.shape[-1], sequence)
-    loss = call.weights(xp, rows.kind)
-    stats = statistics(logits, rows, loss.entropy, backend)
-    step = transition(rows, stats, loss.gamma, detach_next, next_values, values)
-    total: Tensor = algebra.row_losses(xp, loss, stats, step.reward)
-    total = total if reduction == "none" else total.sum()
-    if not return_metrics:
-        return total
-    with torch.no_grad():
-        return total, algebra.metrics(xp, rows.kind, loss, stats, step)
+        arguments.check_inplace(logits)
+    given = logits
+    logits = contiguous_rows(logits)
+    if not is_plain(logits):
+        return traced.loss_of(call, logits, labels, backend)
+    box: list[Any] = []
+    if not differentiable:
+        outcome = WHOLE[backend](call, logits.detach(), labels, None, None)
+        loss, metrics = outcome.loss, outcome.metrics
+    else:
+        single = call.weighting.reduction != "none" and logits.requires_grad
+        at_once = single and logits.dtype not in (torch.float16, torch.float64)
+        function = AtOnce if at_once else Later
+        loss = function.apply(  # type: ignore[no-untyped-call]
+            logits, heads.values, heads.next_values, labels, call, backend, inplace, box
+        )
+        (metrics,) = box
+        if inplace:
+            poison(given)
+    return loss if metrics is None else (loss, metrics)
 
 
-def prepare(
-    logits: Tensor, labels: Tensor, sequence: dict[str, Any], backend: str
-) -> tuple[Tensor, str]:
-    """Checked logits with a contiguous last axis, and the backend's name."""
-    arguments.check_logits(logits, labels)
-    arguments.check_sequence(labels, **sequence)
-    backend = choose(backend, logits.device)
+def contiguous_rows(logits: Tensor) -> Tensor:
+    """The logits, copied only where their last axis is not contiguous."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    return logits, backend
+        return logits.contiguous()
+    return logits
 
 
-def statistics(
-    logits: Tensor, rows: algebra.Rows, entropy: bool, backend: str
-) -> algebra.Statistics:
-    """Row statistics from one read of the logits, differentiable."""
-    row_max, logsum, label_logit, h = ops.row_stats(logits, rows.labels, entropy, backend)
-    h = h if entropy else None
-    return algebra.statistics(xp, rows.labels, row_max, logsum, label_logit, h)
+def is_plain(logits: Tensor) -> bool:
+    """Whether a backend may take the memory: compilers, and subclasses, want operators."""
+    return type(logits) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def transition(
-    rows: algebra.Rows,
-    stats: algebra.Statistics,
-    gamma: float | Tensor,
-    detach_next: bool,
-    next_values: Tensor | None,
-    values: Tensor | None,
-) -> algebra.Transition:
-    """The TD residual and what it is made of, differentiable."""
-    return algebra.transition(
-        xp,
-        rows.kind,
-        stats,
-        gamma,
-        next_values=None if next_values is None else next_values.float(),
-        values=None if values is None else values.float(),
-        stop_gradient=Tensor.detach if detach_next else None,
-    )
+def poison(logits: Tensor) -> None:
+    """NaN is what later reads of logits see whose storage holds a gradient now."""
+    logits.data = logits.new_full((), torch.nan).expand(logits.shape)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from irl_ops.torch.losses import iqlearn_loss
+from irl_ops.options import DEFAULTS, IQLearnOptions, annotations, refuse, signature
+from irl_ops.torch.forward import Loss
+from irl_ops.torch.losses import Unpack, iqlearn_loss
 
 
 class IQLearnLoss(torch.nn.Module):
     """Offline IQLearn with its options fixed beforehand; see ``iqlearn_loss``.
 
     Args:
-        **options: any keyword argument of ``iqlearn_loss``. A ``lam`` or ``gamma`` given as a 0-d
-            tensor may be changed in place between calls.
+        return_metrics: whether calls return ``(loss, metrics)``.
+        **options: any other keyword argument of ``iqlearn_loss``. A ``lam`` or ``gamma`` given as a
+            0-d tensor may be changed in place between calls.
+
+    Attributes:
+        options: what was given.
+        ignore_index: the label of rows that carry none; some trainers read it.
 
     Raises:
         TypeError: an option that ``iqlearn_loss`` does not have.
@@ -26,19 +32,28 @@ class IQLearnLoss(torch.nn.Module):
         >>> loss = loss_fn(torch.randn(2, 8, 100), torch.randint(100, (2, 8)))
     """
 
-    def __init__(self, **options: Any) -> None:
+    @signature(IQLearnOptions)
+    def __init__(
+        self, *, return_metrics: bool = False, **options: Unpack[IQLearnOptions[Tensor]]
+    ) -> None:
         super().__init__()
-        accepted = list(inspect.signature(iqlearn_loss).parameters)[2:]
-        for name in options:
-            if name not in accepted:
-                raise TypeError(f"IQLearnLoss has no option {name!r}; accepted: {accepted}")
-        self.options = options
+        unknown = [name for name in options if name not in annotations(IQLearnOptions)]
+        if unknown:
+            refuse("IQLearnLoss", unknown, IQLearnOptions)
+        self.options: dict[str, Any] = dict(options)
+        self.return_metrics = return_metrics
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, **options: Any
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def ignore_index(self) -> int:
+        """The label of rows that carry none."""
+        ignored: int = self.options.get("ignore_index", DEFAULTS["ignore_index"])
+        return ignored
+
+    def forward(self, logits: Tensor, labels: Tensor, **options: Any) -> Loss:
         """The loss; ``options`` given here take precedence, e.g. the batch's ``segment_ids``."""
-        return iqlearn_loss(logits, labels, **{**self.options, **options})
+        merged = {"return_metrics": self.return_metrics, **self.options, **options}
+        loss: Loss = iqlearn_loss(logits, labels, **merged)
+        return loss
 
     def extra_repr(self) -> str:
         """The options."""

@@ -6,15 +6,15 @@ They are opaque to torch.compile, which traces the algebra around them. ``backen
 
 from __future__ import annotations
 
-from typing import Any
-
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
 from irl_ops import algebra
+from irl_ops.algebra import Sequence
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import BACKENDS
+from irl_ops.torch.refusals import refuse_second_derivative
 
 
 @torch.library.custom_op("irl_ops::row_stats", mutates_args=())
@@ -65,84 +65,31 @@ def _(
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("irl_ops::row_stats_grad", mutates_args=())
-def row_stats_grad(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(row_max, logsum, entropy, dlogits)`` in one read and one write of ``[..., T, V]``."""
-    dlogits = torch.empty_like(logits)
-    row_max, logsum, h = BACKENDS[backend].row_stats_grad(
-        logits, alpha, beta, entropy_weight, dlogits
-    )
-    return row_max, logsum, _or_empty(logits, h), dlogits
-
-
-@row_stats_grad.register_fake
-def _(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = _or_empty(logits, None, entropy_weight is not None)
-    return _row_vector(logits), _row_vector(logits), h, torch.empty_like(logits)
-
-
-@torch.library.custom_op("irl_ops::row_stats_grad_", mutates_args={"logits"})
-def row_stats_grad_(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(row_max, logsum, entropy)``; the gradient takes the place of the logits."""
-    row_max, logsum, h = BACKENDS[backend].row_stats_grad(
-        logits, alpha, beta, entropy_weight, logits
-    )
-    return row_max, logsum, _or_empty(logits, h)
-
-
-@row_stats_grad_.register_fake
-def _(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    h = _or_empty(logits, None, entropy_weight is not None)
-    return _row_vector(logits), _row_vector(logits), h
-
-
-@torch.library.custom_op("irl_ops::label_logit", mutates_args=())
-def label_logit(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
-    """``q[label]`` in float32: 0 without a label, NaN for a bad one, never out of bounds.
-
-    Opaque, since a compiler may otherwise read it again after the logits have been overwritten.
-    """
-    picked: Tensor = BACKENDS[backend].label_logit(logits, labels)
-    return picked
-
-
-@label_logit.register_fake
-def _(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
-    return _row_vector(logits)
-
-
-@torch.library.custom_op("irl_ops::set_label_", mutates_args={"dlogits"})
-def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor, backend: str) -> None:
-    """Writes one element a row, rounded once; rows without a good label keep what they have."""
-    BACKENDS[backend].set_label_(dlogits, labels, elements)
-
-
-@torch.library.custom_op("irl_ops::scale_", mutates_args={"dlogits"})
-def scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
-    """``dlogits *= factor``; the 0-d factor is looked at where the gradient lives."""
-    BACKENDS[backend].scale_(dlogits, factor)
-
-
 @torch.library.custom_op("irl_ops::check_labels", mutates_args=())
 def check_labels(
-    labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool
+    labels: Tensor,
+    given: Tensor,
+    cu_seqlens: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    shift: bool,
 ) -> Tensor:
-    """``labels`` again, or an IndexError that names the label in ``given`` and its position."""
+    """``labels`` again, or an error that names the bad one in ``given`` and its position."""
     if (labels >= vocab).any():
-        arguments.refuse_label(labels, given, vocab, ignore_index, shift)
+        sequence = Sequence(ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
+        arguments.refuse_label(labels, given, vocab, sequence)
     return labels.clone()
 
 
 @check_labels.register_fake
-def _(labels: Tensor, given: Tensor, vocab: int, ignore_index: int, shift: bool) -> Tensor:
+def _(
+    labels: Tensor,
+    given: Tensor,
+    cu_seqlens: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    shift: bool,
+) -> Tensor:
     return torch.empty_like(labels)
 
 
@@ -170,30 +117,23 @@ def _row_stats_backward(ctx, _, dlogsum, dlabel_logit, dentropy):  # type: ignor
 row_stats.register_autograd(_row_stats_backward, setup_context=_save_row_stats)
 
 
-def rows_of(labels: Tensor, vocab: int, sequence: dict[str, Any]) -> algebra.Rows:
+def align(labels: Tensor, vocab: int, sequence: Sequence) -> algebra.Rows:
     """Aligned labels and the kind of every row; on a CPU a bad label raises."""
-    rows = algebra.rows_of(xp, labels.long(), vocab, **sequence)
+    rows = algebra.align(xp, labels.long(), vocab, sequence)
     if labels.device.type != "cpu":
         return rows
-    ignore_index, shift = sequence["ignore_index"], sequence["shift"]
-    return rows._replace(labels=check_labels(rows.labels, labels, vocab, ignore_index, shift))
-
-
-def refuse_second_derivative() -> None:
-    """Called in a backward pass, which runs with gradients enabled under create_graph alone."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "irl_ops: second derivatives are not implemented (create_graph=True); they would be "
-            "silently zero"
-        )
+    offsets, ignore_index, shift = sequence.cu_seqlens, sequence.ignore_index, sequence.shift
+    checked = check_labels(rows.labels, labels, offsets, vocab, ignore_index, shift)
+    return rows._replace(labels=checked)
 
 
 def _row_vector(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(logits.shape[:-1], dtype=dtype)
 
 
 def _or_empty(logits: Tensor, x: Tensor | None, wanted: bool = False) -> Tensor:
     """An operator returns tensors, never None: what was not asked for is empty."""
     if x is not None:
         return x
-    return _row_vector(logits) if wanted else logits.new_empty(0, dtype=torch.float32)
+    return _row_vector(logits) if wanted else _row_vector(logits[:0])

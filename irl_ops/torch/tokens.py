@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
-from irl_ops.arguments import Boundary
-from irl_ops.torch import ops
+from irl_ops.call import read_stats
+from irl_ops.options import StatsOptions, signature
+from irl_ops.torch import native_tokens, ops, traced
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.forward import prepare, statistics, transition
+from irl_ops.torch.backends import choose
+from irl_ops.torch.forward import contiguous_rows, is_plain
 
 
 class TokenStats(NamedTuple):
@@ -23,6 +24,7 @@ class TokenStats(NamedTuple):
         reward: delta_t = q_t[a_t] - gamma V'_t; 0 in NO_TD and IGNORED rows.
         next_value: V'_t; 0 unless the row bootstraps.
         kind: int8, one of IGNORED, TERMINAL, BOOTSTRAP, NO_TD of ``irl_ops.algebra``.
+        correct: bool, whether no logit is larger than the label's; False in IGNORED rows.
     """
 
     value: Tensor
@@ -31,27 +33,12 @@ class TokenStats(NamedTuple):
     reward: Tensor
     next_value: Tensor
     kind: Tensor
+    correct: Tensor
 
 
+@signature(StatsOptions)
 def token_stats(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    gamma: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    where: Tensor | None = None,
-    shift: bool = False,
-    segment_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    boundary: Boundary = "terminal",
-    truncated: Tensor | None = None,
-    detach_next: bool = False,
-    next_values: Tensor | None = None,
-    values: Tensor | None = None,
-    entropy: bool = True,
-    backend: str = "auto",
+    logits: Tensor, labels: Tensor, **options: Unpack[StatsOptions[Tensor]]
 ) -> TokenStats:
     r"""Value, log-likelihood, entropy and extracted reward of every row (Sec. 3.4).
 
@@ -81,7 +68,7 @@ def token_stats(
         backend: a name of ``available_backends()``, or "auto".
 
     Returns:
-        TokenStats: float32 tensors of the labels' shape; ``kind`` int8.
+        TokenStats: float32 tensors of the labels' shape; ``kind`` int8, ``correct`` bool.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``iqlearn_loss``.
@@ -91,24 +78,21 @@ def token_stats(
         >>> stats.reward.shape
         torch.Size([2, 8])
     """
-    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
-    arguments.check_switches(detach_next=detach_next, entropy=entropy)
-    sequence = dict(
-        ignore_index=ignore_index,
-        where=where,
-        shift=shift,
-        segment_ids=segment_ids,
-        position_ids=position_ids,
-        cu_seqlens=cu_seqlens,
-        eos_token_id=eos_token_id,
-        boundary=boundary,
-        truncated=truncated,
-    )
-    logits, backend = prepare(logits, labels, sequence, backend)
-    arguments.check_values(labels, next_values=next_values, values=values)
-    rows = ops.rows_of(labels, logits.shape[-1], sequence)
-    stats = statistics(logits, rows, entropy, backend)
-    step = transition(rows, stats, gamma, detach_next, next_values, values)
+    given = dict(options)
+    call = read_stats("token_stats", StatsOptions, arguments, logits, labels, given)
+    backend = choose(call.backend, logits)
+    logits = contiguous_rows(logits)
+    if backend == "native" and is_plain(logits):
+        return TokenStats(*native_tokens.token_stats(call, logits, labels))
+    rows = ops.align(labels, logits.shape[-1], call.sequence)
+    stats = traced.statistics(logits, rows, call.entropy, backend)
+    step = traced.transition(rows, stats, call.gamma, call.heads)
     return TokenStats(
-        step.value, stats.logprob, stats.entropy, step.reward, step.next_value, rows.kind
+        step.value,
+        stats.logprob,
+        stats.entropy,
+        step.reward,
+        step.next_value,
+        rows.kind,
+        stats.correct,
     )

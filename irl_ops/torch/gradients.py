@@ -1,0 +1,97 @@
+"""A loss as a function of its logits and values, with a gradient computed at once or later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irl_ops.call import Call
+from irl_ops.torch import pool
+from irl_ops.torch.backends import BACKENDS
+from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
+from irl_ops.torch.whole import WHOLE
+
+
+class AtOnce(torch.autograd.Function):
+    """The gradient comes with the loss: one read and one write of the logits.
+
+    The backward pass hands it over, scaled by the gradient from above; no work where that is 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        values: Tensor | None,
+        next_values: Tensor | None,
+        labels: Tensor,
+        call: Call,
+        backend: str,
+        inplace: bool,
+        box: list[Any],
+    ) -> Tensor:
+        """The loss; the metrics go into ``box``."""
+        logits = logits.detach()
+        dlogits = logits if inplace else pool.empty_like(logits)
+        outcome = WHOLE[backend](call, logits, labels, dlogits, None)
+        if inplace:
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(dlogits, outcome.dvalues, outcome.dnext_values)
+        ctx.backend, ctx.handed_over = backend, False
+        box.append(outcome.metrics)
+        return outcome.loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times the one from above."""
+        refuse_second_derivative()
+        if ctx.handed_over:
+            refuse_second_pass()
+        ctx.handed_over = True
+        dlogits, dvalues, dnext_values = ctx.saved_tensors
+        BACKENDS[ctx.backend].scale_(dlogits, dloss)
+        dvalues = None if dvalues is None else dvalues * dloss
+        dnext_values = None if dnext_values is None else dnext_values * dloss
+        return dlogits, dvalues, dnext_values, *[None] * 5
+
+
+class Later(torch.autograd.Function):
+    """The gradient is computed in the backward pass, the one from above being part of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        values: Tensor | None,
+        next_values: Tensor | None,
+        labels: Tensor,
+        call: Call,
+        backend: str,
+        inplace: bool,
+        box: list[Any],
+    ) -> Tensor:
+        """The loss; the metrics go into ``box``."""
+        outcome = WHOLE[backend](call, logits.detach(), labels, None, None)
+        ctx.save_for_backward(logits, values, next_values, labels)
+        ctx.call, ctx.backend, ctx.inplace, ctx.handed_over = call, backend, inplace, False
+        box.append(outcome.metrics)
+        return outcome.loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        """One read and one write of the logits."""
+        refuse_second_derivative()
+        if ctx.handed_over:
+            refuse_second_pass()
+        logits, values, next_values, labels = ctx.saved_tensors
+        logits = logits.detach()
+        dlogits = logits if ctx.inplace else pool.empty_like(logits)
+        heads = ctx.call.heads._replace(values=values, next_values=next_values)
+        call = ctx.call._replace(heads=heads, metrics=False)
+        outcome = WHOLE[ctx.backend](call, logits, labels, dlogits, dloss)
+        if ctx.inplace:
+            ctx.handed_over = True
+            torch.autograd.graph.increment_version(logits)
+        return dlogits, outcome.dvalues, outcome.dnext_values, *[None] * 5
