@@ -110,8 +110,5 @@ def draw_length(axes: Axes, styled: Sequence[Styled], facts: Mapping[str, Any]) 
     axes.axvline(facts["reference_length"], color=GREY, linestyle="--", linewidth=1)
     axes.set_xlim(0, 1.45 * max(lengths))
     axes.set_xlabel(f"mean length of the samples (tokens, cut at {facts['max_new_tokens']})")
-    titled(
-        axes,
-        "Length",
-        "Nearer to the dashed line, held-out text cut at the same length, is better.",
-    )
+    how_to_read = "Best near the dashed line, which is held-out text cut at the same length."
+    titled(axes, "Length", how_to_read)

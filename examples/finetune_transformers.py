@@ -61,6 +61,7 @@ def main() -> None:
     options, sizes = parse(__doc__, full=FULL, quick=QUICK, lams=LAMS, out=OUT)
     console = Console()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with run_folder(options, console) as folder:
         compare(options, sizes, console, folder)
 

@@ -112,7 +112,7 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
             f"{r.self_bleu:.1f}",
             f"{r.length:.1f}",
             f"{100 * r.unfinished:.0f}",
-            f"{r.loss_ms:.1f} ({r.loss_ms_quartiles[0]:.1f} to {r.loss_ms_quartiles[1]:.1f})",
+            f"{r.loss_ms:.1f} ({r.loss_ms_quartiles[0]:.1f}-{r.loss_ms_quartiles[1]:.1f})",
             f"{r.loss_mb:.1f}",
             f"{r.step_ms:.0f}",
         )
