@@ -51,7 +51,10 @@ def draw(runs: Sequence[Run], facts: Mapping[str, Any], path: Path) -> None:
 def titled(axes: Axes, title: str, how_to_read: str) -> None:
     """Put a title above a panel, and below it how to read the panel."""
     axes.set_title(f"{title}\n", loc="left", fontweight="bold")
-    axes.text(0, 1.02, how_to_read, transform=axes.transAxes, color=GREY, va="bottom", fontsize=9)
+    line = axes.text(
+        0, 1.02, how_to_read, transform=axes.transAxes, color=GREY, va="bottom", fontsize=9
+    )
+    line.set_in_layout(False)  # it may reach beyond the panel, which must not shrink for it
 
 
 def draw_nll(axes: Axes, styled: Sequence[Styled]) -> None:
@@ -69,7 +72,7 @@ def draw_td(axes: Axes, styled: Sequence[Styled]) -> None:
     for run, colour, marker in styled:
         steps, _, td = zip(*run.curve, strict=True)
         axes.plot(steps, td, color=colour, marker=marker, markersize=4)
-    axes.set(xlabel="fine-tuning step", ylabel="held-out squared TD residual", yscale="log")
+    axes.set(xlabel="fine-tuning step", ylabel="held-out squared TD residual")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     titled(axes, "TD residual", "What λ weighs: it falls as λ grows. MLE leaves it as it comes.")
 
@@ -91,7 +94,7 @@ def draw_diversity(axes: Axes, styled: Sequence[Styled]) -> None:
     titled(
         axes,
         "Likelihood and diversity",
-        "Compare points of like length only: Self-BLEU moves with the length of the samples.",
+        "Compare points of like length only: Self-BLEU moves with length.",
     )
 
 
@@ -110,5 +113,5 @@ def draw_length(axes: Axes, styled: Sequence[Styled], facts: Mapping[str, Any]) 
     axes.axvline(facts["reference_length"], color=GREY, linestyle="--", linewidth=1)
     axes.set_xlim(0, 1.45 * max(lengths))
     axes.set_xlabel(f"mean length of the samples (tokens, cut at {facts['max_new_tokens']})")
-    how_to_read = "Best near the dashed line, which is held-out text cut at the same length."
+    how_to_read = "Best near the dashed line: held-out text, cut at the same length."
     titled(axes, "Length", how_to_read)

@@ -102,8 +102,9 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
         "loss\nMB",
         "step\nms",
     ):
-        result.add_column(header, justify="right")
+        result.add_column(header, justify="right", no_wrap=True)
     for r in runs:
+        low, high = r.loss_ms_quartiles
         result.add_row(
             r.name,
             f"{r.nll:.3f}",
@@ -112,7 +113,7 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
             f"{r.self_bleu:.1f}",
             f"{r.length:.1f}",
             f"{100 * r.unfinished:.0f}",
-            f"{r.loss_ms:.1f} ({r.loss_ms_quartiles[0]:.1f}-{r.loss_ms_quartiles[1]:.1f})",
+            f"{r.loss_ms:.3g} ({low:.3g}-{high:.3g})",
             f"{r.loss_mb:.1f}",
             f"{r.step_ms:.0f}",
         )
