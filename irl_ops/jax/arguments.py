@@ -32,13 +32,18 @@ class JaxArguments(Arguments):
         return any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer))
 
     def check_logits(self, logits: Any, labels: Any) -> None:
-        """As everywhere; float64 needs JAX's 64-bit types, without which it would be rounded."""
-        if self.is_array(logits) and logits.dtype == np.float64 and not jax.config.jax_enable_x64:
+        """As everywhere, and as ``check_wide``."""
+        self.check_wide("logits", logits)
+        super().check_logits(logits, labels)
+
+    def check_wide(self, name: str, x: Any) -> None:
+        """float64 needs JAX's 64-bit types, without which it would be rounded."""
+        wide = self.is_array(x) and x.dtype == np.float64
+        if wide and not jax.config.jax_enable_x64:
             raise TypeError(
-                "logits is float64 without JAX's 64-bit types; accepted: float32, bfloat16, "
+                f"{name} is float64 and JAX's 64-bit types are off; accepted: float32, bfloat16, "
                 "float16, or jax_enable_x64"
             )
-        super().check_logits(logits, labels)
 
     def peek(self, x: Any) -> float | None:
         """The value of a 0-d array, where it lies in this machine's memory and is not traced."""
