@@ -1,4 +1,4 @@
-"""The losses of hidden states and a last layer's weight: logits are made in chunks, never stored."""
+"""The losses of hidden states and a last layer's weight, whose logits are never stored."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class LinearArguments(JaxArguments):
             )
 
     def layer(self, hidden: Any, weight: Any, options: dict[str, Any]) -> Given:
-        """hidden ``[..., T, D]``, weight ``[V, D]`` and the layer's options, which are taken out."""
+        """The layer; takes its options out of the others."""
         bias, chunk, accumulate, scale, softcap = (
             options.pop(name, default) for name, default in LAYER.items()
         )

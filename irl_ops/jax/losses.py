@@ -189,8 +189,8 @@ def mle_loss(
 
     Arguments, result and errors are those of ``iqlearn_loss``, without the options of the TD
     term. Those that describe the sequences are all accepted, so that the two calls are
-    interchangeable; here the segments matter with ``shift=True`` (a label never crosses them), and ``eos_token_id``,
-    ``boundary`` and ``truncated`` change nothing.
+    interchangeable; here the segments matter with ``shift=True`` (a label never crosses them), and
+    ``eos_token_id``, ``boundary`` and ``truncated`` change nothing.
 
     Example:
         >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
