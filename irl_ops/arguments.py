@@ -212,7 +212,7 @@ class Arguments:
 
 def _tokens(ends: Any, vocab: int) -> tuple[int, ...]:
     """The end tokens, in a tuple."""
-    listed = (ends,) if isinstance(ends, numbers.Integral) else ends
+    listed: Any = (ends,) if isinstance(ends, numbers.Integral) else ends
     proper = isinstance(listed, ListOf) and len(listed) > 0 and not isinstance(listed, str)
     if not proper or any(
         isinstance(x, bool) or not isinstance(x, numbers.Integral) for x in listed

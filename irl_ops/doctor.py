@@ -28,8 +28,8 @@ PACKAGES = ("numpy", "array-api-compat", "torch", "jax", "triton", "transformers
 TOLERANCE = 1e-6
 
 HOW_TO_BUILD = (
-    "irl_ops._native is not built. Install the package (pip install irl-ops), or in a checkout run "
-    "`pip install -e .`; both need a C++17 compiler where there is no wheel for the platform."
+    "irl_ops._native is not built. In a clone of irl_ops run `pip install .` (to work on it, "
+    "`pip install -e .`), which needs a C++17 compiler; or install a wheel for this platform."
 )
 
 

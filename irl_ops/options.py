@@ -108,7 +108,7 @@ def signature(options: type) -> Callable[[Function], Function]:
     def show(function: Function) -> Function:
         plain = inspect.signature(function)
         named = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        types = {p.name: p.annotation for p in named} | annotations(group)
+        types = {p.name: p.annotation for p in named} | names_in(group)
         shown = [p for p in named if p.kind is not p.KEYWORD_ONLY]
         shown += [
             inspect.Parameter(
@@ -123,7 +123,7 @@ def signature(options: type) -> Callable[[Function], Function]:
     return show
 
 
-def annotations(group: Any) -> dict[str, Any]:
+def names_in(group: Any) -> dict[str, Any]:
     """The names of a group's options, those of the groups it is made of among them."""
     base = getattr(group, "__origin__", group)
     return dict(base.__annotations__)
@@ -131,7 +131,7 @@ def annotations(group: Any) -> dict[str, Any]:
 
 def refuse(caller: str, unknown: ListOf[str], group: Any) -> NoReturn:
     """The TypeError for options that a function does not have."""
-    accepted = [name for name in DEFAULTS if name in annotations(group)]
+    accepted = [name for name in DEFAULTS if name in names_in(group)]
     raise TypeError(
         f"{caller} has no option {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
     )

@@ -14,14 +14,13 @@ LABELS = torch.zeros(2, 3, dtype=torch.int64)
 EXPERT = torch.tensor([True, False])
 ROWS = torch.zeros(2, 3)
 GRAD = torch.tensor(0.5, requires_grad=True)
-FLOATS = "torch.float32, torch.bfloat16, torch.float16"
+FLOATS = "torch.float32, torch.bfloat16, torch.float16, torch.float64"
 BOUNDARIES = "'terminal', 'bootstrap', 'drop'"
 
 # (function, change of the arguments, error, what the message says)
 LOGITS_AND_LABELS: list[tuple[dict[str, Any], type, str]] = [
     (dict(logits=LOGITS.tolist()), TypeError, r"logits is a list; accepted: a torch\.Tensor"),
     (dict(labels=[1, 2, 3]), TypeError, r"labels is a list; accepted: a torch\.Tensor"),
-    (dict(logits=LOGITS.double()), TypeError, rf"logits is torch\.float64; accepted: {FLOATS}"),
     (dict(logits=LOGITS.long()), TypeError, rf"logits is torch\.int64; accepted: {FLOATS}"),
     (dict(labels=LABELS.float()), TypeError, r"labels is torch\.float32; accepted: torch\.int32"),
     (dict(labels=LABELS.short()), TypeError, r"labels is torch\.int16; accepted: .*torch\.int64"),
@@ -98,7 +97,6 @@ HEADS: list[tuple[dict[str, Any], type, str]] = [
     (dict(values=LABELS), TypeError, rf"values is torch\.int64; accepted: {FLOATS}"),
     (dict(values=ROWS[:, 1:]), ValueError, r"values has shape \[2, 2\]; accepted: \[2, 3\]"),
     (dict(values=0.0), TypeError, r"values is a float; accepted: a torch\.Tensor"),
-    (dict(next_values=ROWS.double()), TypeError, rf"next_values is torch\.float64; .*: {FLOATS}"),
     (dict(next_values=ROWS[0]), ValueError, r"next_values has shape \[3\]; accepted: \[2, 3\]"),
     (dict(next_values=ROWS.to("meta")), ValueError, r"next_values is on meta; accepted: cpu"),
 ]
@@ -227,16 +225,18 @@ def test_available_backends() -> None:
 
 def test_a_backend_that_cannot_serve_says_why() -> None:
     logits, labels = LOGITS.to("meta"), LABELS.to("meta")
-    with pytest.raises(ValueError, match=r"backend 'native' cannot serve logits on meta: .*CPU"):
+    with pytest.raises(ValueError, match=r"backend 'native' cannot serve .* on meta: .*CPU"):
         irl.iqlearn_loss(logits, labels, backend="native")
 
 
 def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IRL_OPS_BACKEND", "nothing")
-    with pytest.raises(ValueError, match="backend is 'nothing'; accepted"):
+    with pytest.raises(ValueError, match="IRL_OPS_BACKEND is 'nothing'; accepted"):
         irl.iqlearn_loss(LOGITS, LABELS)
     irl.iqlearn_loss(LOGITS, LABELS, backend="reference")  # overrides "auto" alone
     monkeypatch.setenv("IRL_OPS_BACKEND", "reference")
+    irl.iqlearn_loss(LOGITS, LABELS)
+    monkeypatch.setenv("IRL_OPS_BACKEND", "")  # as if it were not set
     irl.iqlearn_loss(LOGITS, LABELS)
 
 

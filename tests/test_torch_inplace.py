@@ -29,8 +29,6 @@ def linear(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 @given(case=cases())
 @settings(max_examples=150)
 def test_loss_and_gradients(backend: str, case: Case) -> None:
-    if case.leaf.dtype == torch.float16:  # rounded before it is scaled: see below
-        case.leaf = case.leaf.float()
     if case.options["reduction"] == "none":
         case.options["reduction"], case.upstream = "sum", 0.5
     if case.logits.stride(-1) != 1:
@@ -41,7 +39,8 @@ def test_loss_and_gradients(backend: str, case: Case) -> None:
     def function(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
         version = logits._version
         loss = getattr(irl, case.name)(logits, labels, **options, inplace=True, backend=backend)
-        assert logits._version > version or logits.numel() == 0
+        at_once = logits.dtype != torch.float16  # whose gradient waits for the backward pass
+        assert logits._version > version or logits.numel() == 0 or not at_once
         return loss
 
     check(function, case)
@@ -56,25 +55,24 @@ def test_same_bits_in_the_same_storage(backend: str, name: str, dtype: torch.dty
     loss, metrics = getattr(irl, name)(logits, LABELS, *more, **options)
     expected = torch.autograd.grad(loss, (hidden, weight, logits))
 
-    _, _, logits = linear(dtype)
     hidden, weight, logits = linear(dtype)
+    storage = logits.data_ptr()
     same, same_metrics = getattr(irl, name)(logits, LABELS, *more, **options, inplace=True)
     gradients = torch.autograd.grad(same, (hidden, weight, logits))
     assert_close((loss, metrics), (same, same_metrics))  # float16 takes two ways, with other sums
     assert all(map(torch.equal, gradients, expected))
-    assert gradients[2].data_ptr() == logits.data_ptr()
-    assert torch.equal(logits, gradients[2])
+    assert gradients[2].data_ptr() == storage
+    assert logits.isnan().all()  # whoever reads them later notices
 
 
-def test_a_float16_gradient_is_rounded_before_it_is_scaled(backend: str) -> None:
-    """In the logits' storage it cannot wait for the backward pass; with N of a batch it is fine."""
+def test_a_float16_gradient_is_scaled_before_it_is_rounded(backend: str) -> None:
+    """It waits for the backward pass, and so for the factor of a GradScaler, here as well."""
     _, _, logits = linear(torch.float16)
     loss = irl.iqlearn_loss(logits, LABELS, inplace=True, backend=backend)
     (scaled,) = torch.autograd.grad(64 * loss, logits)
     _, _, exact = linear(torch.float16)
     expected = torch.autograd.grad(64 * irl.iqlearn_loss(exact, LABELS, backend=backend), exact)[0]
-    # two roundings; one of them may be among subnormal numbers, 2^-24 apart
-    torch.testing.assert_close(scaled, expected, rtol=2**-10, atol=64 * 2**-25)
+    assert torch.equal(scaled, expected)
 
 
 def refused(logits: Tensor, message: str, **options: Any) -> None:
@@ -123,7 +121,8 @@ def test_views_of_computed_logits_are_served(backend: str) -> None:
     torch.testing.assert_close(
         gradient.movedim(0, 1)[:, 1:, 1:-2], expected.grad, rtol=1e-5, atol=1e-7
     )
-    assert torch.equal(gradient.movedim(0, 1)[:, 1:, 1:-2], logits)
+    inside = computed.detach().movedim(0, 1)[:, 1:, 1:-2]
+    assert torch.equal(gradient.movedim(0, 1)[:, 1:, 1:-2], inside)
     assert torch.equal(computed[0], before[0])
     assert torch.equal(computed[..., :1], before[..., :1])
     assert torch.equal(computed[..., -2:], before[..., -2:])

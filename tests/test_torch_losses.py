@@ -80,7 +80,15 @@ def test_token_stats(backend: str, case: Case, entropy: bool) -> None:
 
     stats = fused(case.logits, case.labels, **case.options)
     expected = naive.token_stats(case.logits.double(), case.labels, **case.options)
-    assert stats._fields == ("value", "logprob", "entropy", "reward", "next_value", "kind")
+    assert stats._fields == (
+        "value",
+        "logprob",
+        "entropy",
+        "reward",
+        "next_value",
+        "kind",
+        "correct",
+    )
     assert stats.kind.dtype == torch.int8 and torch.equal(stats.kind.long(), expected["kind"])
     assert (stats.entropy is None) == (not entropy)
     error = 2 * EPS * magnitude(case)

@@ -110,7 +110,7 @@ def test_the_interpreter_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -
 def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for device in ("cuda", "cpu"):
-        assert "pip install irl-ops[triton]" in str(triton.unavailable(torch.device(device)))
+        assert "pip install 'triton>=3.6'" in str(triton.unavailable(torch.device(device)))
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

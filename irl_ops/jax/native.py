@@ -31,7 +31,10 @@ else:
 def unavailable(platform: str) -> str | None:
     """Why this backend cannot serve ``platform``, or None."""
     if _import_error is not None:
-        return f"the extension irl_ops._native does not load ({_import_error}); run pip install ."
+        return (
+            f"the extension irl_ops._native does not load ({_import_error}); "
+            "run pip install . in a clone of irl_ops"
+        )
     return None if platform == "cpu" else "the C++ kernels run on the CPU"
 
 

@@ -24,7 +24,9 @@ from irl_ops.jax.operation import Function, array_like, device, operation, vecto
 from irl_ops.kernels import reference
 from irl_ops.kernels.triton import dispatch
 
-WANTED = "jax-triton >= 0.3.1, < 0.4; run pip install irl-ops[jax-triton]"
+WANTED = (
+    "jax-triton >= 0.3.1, < 0.4; run pip install 'jax-triton>=0.3.1,<0.4' 'triton>=3.6' absl-py"
+)
 
 
 def unavailable(platform: str) -> str | None:
@@ -38,7 +40,7 @@ def unavailable(platform: str) -> str | None:
     if not (0, 3, 1) <= tuple(int(part) for part in version.split(".")[:3]) < (0, 4):
         return f"jax-triton is {version}; it needs {WANTED}"
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
-        return "JAX has no CUDA plugin, which jax-triton needs; run pip install jax[cuda12]"
+        return "JAX has no CUDA plugin, which jax-triton needs; run pip install 'jax[cuda12]'"
     return None
 
 

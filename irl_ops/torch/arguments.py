@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from irl_ops.algebra import Sequence
+from irl_ops.algebra import Heads, Sequence
 from irl_ops.arguments import Arguments
 
 
@@ -66,6 +66,13 @@ class TorchArguments(Arguments):
             )
         _refuse_tangent(x)
 
+    def heads(self, labels: Any, given: Heads) -> Heads:
+        """As every framework's, and without a tangent."""
+        for x in (given.values, given.next_values):
+            if isinstance(x, Tensor):
+                _refuse_tangent(x)
+        return super().heads(labels, given)
+
     def check_inplace(self, logits: Tensor) -> None:
         """The gradient may take the logits' storage unless somebody else is sure to need it."""
         if torch.compiler.is_compiling():
@@ -109,7 +116,12 @@ class TorchArguments(Arguments):
 def _can_look(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    return x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.device.type == "cpu" and not is_wrapped(x)
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform of torch.func stands between the tensor and its memory."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _refuse_tangent(x: Tensor) -> None:

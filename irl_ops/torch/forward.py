@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irl_ops.call import Call
 from irl_ops.torch import traced
-from irl_ops.torch.arguments import arguments
+from irl_ops.torch.arguments import arguments, is_wrapped
 from irl_ops.torch.backends import choose
 from irl_ops.torch.gradients import AtOnce, Later
 from irl_ops.torch.whole import WHOLE
@@ -34,11 +34,11 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
         arguments.check_inplace(logits)
     given = logits
     logits = contiguous_rows(logits)
-    if not is_plain(logits):
+    if not (is_plain(logits) and is_plain(labels)):
         return traced.loss_of(call, logits, labels, backend)
     box: list[Any] = []
     if not differentiable:
-        outcome = WHOLE[backend](call, logits.detach(), labels, None, None)
+        outcome = WHOLE[backend](call, logits, labels, None, None)
         loss, metrics = outcome.loss, outcome.metrics
     else:
         single = call.weighting.reduction != "none" and logits.requires_grad
@@ -61,8 +61,10 @@ def contiguous_rows(logits: Tensor) -> Tensor:
 
 
 def is_plain(logits: Tensor) -> bool:
-    """Whether a backend may take the memory: compilers, and subclasses, want operators."""
-    return type(logits) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether a backend may take the memory: compilers, subclasses and vmap want operators."""
+    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not is_wrapped(logits)
 
 
 def poison(logits: Tensor) -> None:

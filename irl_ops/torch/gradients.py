@@ -73,8 +73,10 @@ class Later(torch.autograd.Function):
         box: list[Any],
     ) -> Tensor:
         """The loss; the metrics go into ``box``."""
-        outcome = WHOLE[backend](call, logits.detach(), labels, None, None)
-        ctx.save_for_backward(logits, values, next_values, labels)
+        outcome = WHOLE[backend](call, logits, labels, None, None)
+        # an alias, since the caller's own tensor is poisoned where the gradient takes its storage
+        kept = logits.detach() if inplace else logits
+        ctx.save_for_backward(kept, values, next_values, labels)
         ctx.call, ctx.backend, ctx.inplace, ctx.handed_over = call, backend, inplace, False
         box.append(outcome.metrics)
         return outcome.loss

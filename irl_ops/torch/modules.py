@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from irl_ops.options import DEFAULTS, IQLearnOptions, annotations, refuse, signature
+from irl_ops.options import DEFAULTS, IQLearnOptions, names_in, refuse, signature
 from irl_ops.torch.forward import Loss
-from irl_ops.torch.losses import Unpack, iqlearn_loss
+from irl_ops.torch.losses import iqlearn_loss
 
 
 class IQLearnLoss(torch.nn.Module):
@@ -37,7 +37,7 @@ class IQLearnLoss(torch.nn.Module):
         self, *, return_metrics: bool = False, **options: Unpack[IQLearnOptions[Tensor]]
     ) -> None:
         super().__init__()
-        unknown = [name for name in options if name not in annotations(IQLearnOptions)]
+        unknown = [name for name in options if name not in names_in(IQLearnOptions)]
         if unknown:
             refuse("IQLearnLoss", unknown, IQLearnOptions)
         self.options: dict[str, Any] = dict(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Fields:
         self.call.detach_next = given.detach_next
 
 
-def refuse_label(row: int, labels: Tensor, logits: Tensor, sequence: Sequence) -> None:
+def refuse_label(row: int, labels: Tensor, logits: Tensor, sequence: Sequence) -> NoReturn:
     """The IndexError for the label of that row."""
     aligned = torch.zeros(labels.shape, dtype=torch.int64)
     aligned.view(-1)[row] = algebra.BAD_LABEL

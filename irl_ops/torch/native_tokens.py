@@ -98,7 +98,7 @@ def _token_stats(
     aligned = torch.empty(labels.shape, dtype=torch.int64)
     outputs = (value, logprob, entropy, reward, next_value, kind, correct)
     bad = native._native.token_stats(
-        *native._rows(logits.detach()),
+        *native._rows(logits),
         fields.call,
         tuple(map(native._address, (*outputs, row_max, logsum, aligned))),
         torch.get_num_threads(),

@@ -24,8 +24,9 @@ class Dense:
 
     def label_logit(self, labels: Tensor) -> Tensor:
         """``q[label]``."""
-        self.picked: Tensor = reference.label_logit(self.logits, labels)
-        return self.picked
+        picked: Tensor = reference.label_logit(self.logits, labels)
+        self.picked = picked
+        return picked
 
     def stats_grad(self, labels: Tensor, given: Coefficients, finish: Any) -> tuple[None, Finished]:
         """One window."""

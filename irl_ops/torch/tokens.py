@@ -82,8 +82,8 @@ def token_stats(
     call = read_stats("token_stats", StatsOptions, arguments, logits, labels, given)
     backend = choose(call.backend, logits)
     logits = contiguous_rows(logits)
-    if backend == "native" and is_plain(logits):
-        return TokenStats(*native_tokens.token_stats(call, logits, labels))
+    if backend == "native" and is_plain(logits) and is_plain(labels):
+        return TokenStats(*native_tokens.token_stats(call, logits, labels))  # type: ignore[arg-type]
     rows = ops.align(labels, logits.shape[-1], call.sequence)
     stats = traced.statistics(logits, rows, call.entropy, backend)
     step = traced.transition(rows, stats, call.gamma, call.heads)

@@ -26,7 +26,7 @@ GROUP_BYTES = 16
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot serve ``device``, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; run pip install irl-ops[triton]"
+        return "Triton is not installed; run pip install 'triton>=3.6'"
     if device.type in DEVICES or (device.type == "cpu" and interpreted()):
         return None
     if device.type == "cpu":

@@ -80,10 +80,9 @@ Total total(const Call& call, const Rows& rows, const Objective& loss, const Sta
     const double own = own_value(stats, i), reward = done.reward[i];
     double here = -masked(m, done.logprob[i]);
     if (call.terms.has_entropy) here -= call.terms.entropy_coef * masked(m, h);
-    if (call.terms.has_z) here += call.terms.z_loss * masked(m, own) * own;
+    if (call.terms.has_z) here += call.terms.z_loss * masked(m, own * own);
     here *= m;
-    if (call.terms.has_td) here += loss.td[i] * masked(loss.td[i], reward) * reward;
-    here = m == 0 && (!call.terms.has_td || loss.td[i] == 0) ? 0.0 : here;
+    if (call.terms.has_td) here += loss.td[i] * masked(loss.td[i], reward * reward);
     if (row_losses) row_losses[i] = static_cast<float>(here);
     sums.loss += here;
     sums.nll -= done.logprob[i];
