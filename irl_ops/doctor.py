@@ -6,6 +6,7 @@ Made for bug reports. It imports torch and JAX only where they are installed, an
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -66,7 +67,12 @@ def report() -> dict[str, Any]:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, found without importing it; None if absent."""
+    """The installed version of a distribution, found without importing it; None if absent.
+
+    Triton is asked itself: the one that is imported need not be the one that pip installed.
+    """
+    if distribution == "triton" and importlib.util.find_spec("triton"):
+        return str(importlib.import_module("triton").__version__)
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -58,7 +58,8 @@ def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax
     rows = dlogits.reshape(-1, vocab)
     column = jnp.where(labels < 0, vocab, labels).reshape(-1)
     values = elements.astype(dlogits.dtype).reshape(-1)
-    return rows.at[jnp.arange(len(rows)), column].set(values, mode="drop").reshape(dlogits.shape)
+    places = rows.at[jnp.arange(len(rows)), column]  # one per row, so that no order is needed
+    return places.set(values, mode="drop", unique_indices=True).reshape(dlogits.shape)
 
 
 # --- What an operation becomes for a compute capability; jax-triton puts results behind inputs ---
@@ -133,7 +134,8 @@ def _call(
     kernel = getattr(importlib.import_module(f"irl_ops.kernels.triton.{module}"), function)
     made: tuple[jax.Array, ...] = jax_triton.triton_call(
         q, *given, kernel=kernel, out_shape=tuple(out), grid=grid, name=f"irl_{function}",
-        compute_capability=capability, input_output_aliases=aliases, **launch,
+        compute_capability=capability, input_output_aliases=aliases,
+        SCALE=1.0, SOFTCAP=0.0, **launch,  # jax-triton knows no defaults
     )  # fmt: skip
     return made
 
@@ -154,7 +156,9 @@ def _capability(ctx: Any) -> int:
 
 @functools.cache
 def _family(capability: int) -> str:
-    return dispatch.family("cuda", capability, importlib.metadata.version("triton"))
+    import triton  # its own word: packages' metadata may be of another one on the path
+
+    return dispatch.family("cuda", capability, triton.__version__)
 
 
 def _rows(q: jax.Array) -> int:

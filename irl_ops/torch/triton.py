@@ -87,7 +87,7 @@ def row_stats_grad(
     vectors = (alpha.contiguous(), beta.contiguous(), weight, row_max, logsum, entropy)
     for q, d, a, b, w, *out in _planes(logits, dlogits, *vectors):
         form = dispatch.row_stats_grad(
-            q.shape[-1], q.itemsize, weight is not None, _family(q.device)
+            q.shape[-1], q.itemsize, weight is not None, _family(q.device), _matched(q, d)
         )
         name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
         with _current(q.device):
