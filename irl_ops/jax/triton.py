@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from irl_ops.jax import private
 from irl_ops.jax.operation import Function, array_like, device, operation, vector_like
 from irl_ops.kernels import reference
 from irl_ops.kernels.triton import dispatch
@@ -41,7 +42,7 @@ def unavailable(platform: str) -> str | None:
         return f"jax-triton is {version}; it needs {WANTED}"
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
         return "JAX has no CUDA plugin, which jax-triton needs; run pip install 'jax[cuda12]'"
-    return None
+    return private.missing()
 
 
 def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
