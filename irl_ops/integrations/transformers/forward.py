@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
 from irl_ops.integrations.transformers.loss import BATCH_OPTIONS, Loss
 
 # What no forward names and Transformers still understands, beside ``labels``.
-EVERYWHERE = {*TransformersKwargs.__annotations__, "labels", "shift_labels", "return_dict"}
+EVERYWHERE = {*TransformersKwargs.__annotations__, "shift_labels", "return_dict", "use_cache"}
 
 
 class ModelLoss(Loss):
@@ -191,7 +191,11 @@ class IQLearnForward:
             prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
             if prepare is not None:
                 # a copy: FSMT's fills what is ignored in place, and would train the padding
-                inputs["decoder_input_ids"] = prepare(labels=labels.clone())
+                decoder_ids = inputs["decoder_input_ids"] = prepare(labels=labels.clone())
+                masked = inputs.get("decoder_attention_mask") is not None
+                if isinstance(model, EncoderDecoderModel) and not masked:  # as its forward does
+                    mask = decoder_ids != model.config.pad_token_id
+                    inputs["decoder_attention_mask"] = mask.to(decoder_ids.dtype)
             else:  # the forward alone knows how; the loss it computes on the way is thrown away
                 inputs["labels"] = labels.clone()
         outputs = self._inner(**inputs, return_dict=True)
