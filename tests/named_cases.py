@@ -103,9 +103,7 @@ _garbage = case(labels=((1, 2, -100, 3),))
 _garbage.leaf[:, 2] = math.nan  # no term needs that row
 CASES["NaN where nobody looks"] = _garbage
 
-_weightless = case(
-    labels=((1, 2, 3, 4),), boundary="drop", token_weights=torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-)
+_weightless = case(labels=((1, 2, 3, 4),), token_weights=torch.tensor([[1.0, 1.0, 1.0, 0.0]]))
 _weightless.options["next_values"] = torch.tensor([[1.0, 2.0, 3.0, math.nan]])
 _weightless.leaf[:, 3] = math.inf
 CASES["garbage of weight 0"] = _weightless
