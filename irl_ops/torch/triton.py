@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -45,13 +46,8 @@ def row_stats(
     """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
     row_max, logsum, picked = (_row_vector(logits) for _ in range(3))
     h = _row_vector(logits) if entropy else None
-    for q, y, *out in _planes(logits, labels.contiguous(), row_max, logsum, picked, h):
-        tiles = dispatch.row_stats(q.shape[-1], _family(q.device))
-        with _current(q.device):
-            _kernel("row_stats")[(_rows(q),)](
-                q, y, *_sizes(q), *_strides(q), *out,
-                ENTROPY=entropy, EDGES=_edges(q), **tiles.launch, enable_fp_fusion=True,
-            )  # fmt: skip
+    with current(logits.device):
+        launch_row_stats(logits, labels.contiguous(), row_max, logsum, picked, h)
     return row_max, logsum, picked, h
 
 
@@ -67,9 +63,9 @@ def row_grad(
 ) -> None:
     """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
     given = (x.contiguous() for x in (labels, row_max, logsum, a, b, c))
-    for q, d, *vectors in _planes(logits, dlogits, *given):
-        block = dispatch.row_grad(_family(q.device))
-        with _current(q.device):
+    block = dispatch.row_grad(_family(logits.device))
+    with current(logits.device):
+        for q, d, *vectors in planes((logits, dlogits), *given):
             _kernel("row_grad")[(_rows(q), block.programs(q.shape[-1]))](
                 q, *vectors, *_sizes(q), *_strides(q), *_strides(d), d,
                 EDGES=_edges(q, d), MATCHED=_matched(q, d), **block.launch, enable_fp_fusion=True,
@@ -84,57 +80,81 @@ def row_stats_grad(
     entropy, weight = None, None
     if entropy_weight is not None:
         entropy, weight = _row_vector(logits), entropy_weight.contiguous()
-    vectors = (alpha.contiguous(), beta.contiguous(), weight, row_max, logsum, entropy)
-    for q, d, a, b, w, *out in _planes(logits, dlogits, *vectors):
-        form = dispatch.row_stats_grad(
-            q.shape[-1], q.itemsize, weight is not None, _family(q.device), _matched(q, d)
-        )
-        name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
-        with _current(q.device):
-            _kernel(name, "row_stats_grad")[(_rows(q),)](
-                q, a, b, w, *_sizes(q), *_strides(q), *_strides(d), *out, d,
-                ENTROPY=weight is not None, EDGES=_edges(q, d), MATCHED=_matched(q, d),
-                **form.launch, enable_fp_fusion=True,
-            )  # fmt: skip
+    given = (alpha.contiguous(), beta.contiguous(), weight)
+    with current(logits.device):
+        launch_row_stats_grad(logits, dlogits, *given, row_max, logsum, entropy)
     return row_max, logsum, entropy
 
 
 def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
     """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
-    picked, block = _row_vector(logits), dispatch.LABELS
-    for q, y, out in _planes(logits, labels.contiguous(), picked):
-        with _current(q.device):
-            _kernel("labels", "label_logit")[(block.programs(_rows(q)),)](
-                q, y, _rows(q), *_sizes(q), *_strides(q), out,
-                **block.launch, enable_fp_fusion=True,
-            )  # fmt: skip
+    picked = _row_vector(logits)
+    with current(logits.device):
+        launch_label_logit(logits, labels.contiguous(), picked)
     return picked
 
 
 def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
-    """Writes one element a row, rounded once; rows without a good label keep what they have."""
-    block = dispatch.LABELS
-    for d, y, x in _planes(dlogits, labels.contiguous(), elements.contiguous()):
-        with _current(d.device):
-            _kernel("labels", "set_label")[(block.programs(_rows(d)),)](
-                y, x, _rows(d), *_sizes(d), *_strides(d), d,
-                **block.launch, enable_fp_fusion=True,
-            )  # fmt: skip
+    """Writes one element per row, rounded once; rows without a good label keep what they have."""
+    with current(dlogits.device):
+        launch_set_label(dlogits, labels.contiguous(), elements.contiguous())
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
     """``dlogits *= factor``; the device looks at the factor and does nothing where it is 1."""
-    for (d,) in _planes(dlogits):
-        block = dispatch.row_grad(_family(d.device))
-        with _current(d.device):
+    block = dispatch.row_grad(_family(dlogits.device))
+    with current(dlogits.device):
+        for (d,) in planes((dlogits,)):
             _kernel("scale")[(min(_rows(d), dispatch.SCALE_PROGRAMS),)](
                 factor, _rows(d), *_sizes(d), *_strides(d), d,
                 EDGES=_edges(d), **block.launch, enable_fp_fusion=True,
             )  # fmt: skip
 
 
+def launch_row_stats(logits: Tensor, labels: Tensor, *out: Tensor | None) -> None:
+    """Vectors here and below are contiguous, with one element per row or more."""
+    tiles = dispatch.row_stats(logits.shape[-1], _family(logits.device))
+    for q, *vectors in planes((logits,), labels, *out):
+        _kernel("row_stats")[(_rows(q),)](
+            q, vectors[0], *_sizes(q), *_strides(q), *vectors[1:],
+            ENTROPY=out[-1] is not None, EDGES=_edges(q), **tiles.launch, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def launch_row_stats_grad(logits: Tensor, dlogits: Tensor, *vectors: Tensor | None) -> None:
+    """``vectors``: alpha, beta, entropy_weight; row_max, logsum, entropy."""
+    entropy, family = vectors[-1] is not None, _family(logits.device)
+    for q, d, a, b, w, *out in planes((logits, dlogits), *vectors):
+        form = dispatch.row_stats_grad(q.shape[-1], q.itemsize, entropy, family, _matched(q, d))
+        name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
+        _kernel(name, "row_stats_grad")[(_rows(q),)](
+            q, a, b, w, *_sizes(q), *_strides(q), *_strides(d), *out, d,
+            ENTROPY=entropy, EDGES=_edges(q, d), MATCHED=_matched(q, d),
+            **form.launch, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def launch_label_logit(logits: Tensor, labels: Tensor, picked: Tensor) -> None:
+    """Into ``picked``."""
+    block = dispatch.LABELS
+    for q, y, out in planes((logits,), labels, picked):
+        _kernel("labels", "label_logit")[(block.programs(_rows(q)),)](
+            q, y, _rows(q), *_sizes(q), *_strides(q), out, **block.launch, enable_fp_fusion=True
+        )
+
+
+def launch_set_label(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+    """Into ``dlogits``."""
+    block = dispatch.LABELS
+    for d, y, x in planes((dlogits,), labels, elements):
+        _kernel("labels", "set_label")[(block.programs(_rows(d)),)](
+            y, x, _rows(d), *_sizes(d), *_strides(d), d, **block.launch, enable_fp_fusion=True
+        )
+
+
 @functools.cache
 def _kernel(module: str, function: str | None = None) -> Any:
+    """A row kernel, for its launches."""
     found = importlib.import_module(f"irl_ops.kernels.triton.{module}")
     return getattr(found, function or module)
 
@@ -146,39 +166,46 @@ def _family(device: torch.device) -> str:
         return dispatch.OTHER  # interpreted
     import triton
 
-    with _current(device):
+    with current(device):
         target = triton.runtime.driver.active.get_current_target()
     return dispatch.family(target.backend, target.arch, triton.__version__)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current stream of the current device, wherever the tensors are."""
     if device.type == "cpu":
         return np.errstate(all="ignore")  # the interpreter's NumPy warns where GPUs are silent
     return torch.accelerator.device_index(device.index)
 
 
-def _planes(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same rows as [outer, inner, V] and [outer, inner], without a copy.
+def planes(matrices: tuple[Tensor, ...], *vectors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The matrices as [outer, inner, V] without a copy, and the vectors where their rows begin.
 
-    Almost always one set of views; one for each index of the leading axes where these do not fold
-    into one. The first tensor has the columns; None stays None.
+    Almost always one set of views, and then the vectors are as they came; one set for each index of
+    the leading axes where the strides of these do not fold into one. None stays None.
     """
-    first = tensors[0]
-    assert first is not None
-    axes = first.dim() - 1
-    if axes == 2:
-        yield tensors
-    elif axes < 2:
-        yield from _planes(*(None if x is None else x.unsqueeze(0) for x in tensors))
-    else:
+    folded = _folded(matrices)
+    if folded is not None:
+        yield (*folded, *vectors)
+        return
+    flat = [None if x is None else x.view(-1) for x in vectors]
+    rows = math.prod(matrices[0].shape[1:-1])
+    for index in range(matrices[0].shape[0]):
+        begin = index * rows
+        there = (None if x is None else x[begin : begin + rows] for x in flat)
+        yield from planes(tuple(x[index] for x in matrices), *there)
+
+
+def _folded(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Three axes of each, or None where two leading axes have unrelated strides."""
+    while (axes := matrices[0].dim()) != 3:
+        if axes == 2:
+            return tuple(x.unsqueeze(0) for x in matrices)
         try:
-            folded = [None if x is None else x.view(-1, *x.shape[2:]) for x in tensors]
-        except RuntimeError:  # the two leading axes have unrelated strides
-            for index in range(first.shape[0]):
-                yield from _planes(*(None if x is None else x[index] for x in tensors))
-        else:
-            yield from _planes(*folded)
+            matrices = tuple(x.view(-1, *x.shape[2:]) for x in matrices)
+        except RuntimeError:
+            return None
+    return matrices
 
 
 def _rows(logits: Tensor) -> int:
