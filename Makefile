@@ -39,6 +39,7 @@ help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 test: $(READY)  ## run the tests; ARGS=-v names each as it starts
+	@echo 'the first tests compile for GPUs and TPUs, in silence; ARGS=-v names each as it starts'
 	$(BIN)/python -P -m pytest $(ARGS)
 
 demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
