@@ -105,7 +105,8 @@ def close(actual: Any, expected: Any, size: float) -> None:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     finite = np.isfinite(expected)
     assert np.array_equal(actual[~finite], expected[~finite])
-    assert (np.abs(actual - expected)[finite] <= EPS * (size + np.abs(expected[finite]))).all()
+    actual, expected = actual[finite], expected[finite]
+    assert (np.abs(actual - expected) <= EPS * (size + np.abs(expected))).all()
 
 
 @settings(max_examples=40)
