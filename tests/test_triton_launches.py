@@ -45,8 +45,8 @@ triton.unavailable = lambda device: None
 y = torch.zeros(2, 7, dtype=torch.int32)
 full = dict(
     shift=True, eos_token_id=[2, 7], boundary="bootstrap", entropy_coef=0.1, return_metrics=True,
-    truncated=torch.tensor([True, False]), z_loss=0.2, token_weights=torch.ones(2, 7).double(), num_items=3,
-    where=torch.ones(2, 7, dtype=torch.bool), position_ids=torch.arange(14).view(2, 7).int(),
+    truncated=torch.tensor([True, False]), token_weights=torch.ones(2, 7).double(), num_items=3,
+    z_loss=0.2, where=torch.ones(2, 7) > 0, position_ids=torch.arange(14).view(2, 7).int(),
     values=torch.zeros(2, 7), next_values=torch.zeros(2, 7).bfloat16(),
 )
 for dtype in (torch.bfloat16, torch.float32):
@@ -58,7 +58,8 @@ for dtype in (torch.bfloat16, torch.float32):
     irl.mle_loss(q, y, reduction="none", entropy_coef=0.1, backend="triton").sum().backward()
     irl.mle_loss(q.detach(), y, backend="triton")
     irl.token_stats(q, y, backend="triton").value.sum().backward()
-    irl.iqlearn_loss(q[0], y[0] * 0, cu_seqlens=torch.tensor([0, 3, 7]), backend="triton").backward()
+    packed = dict(cu_seqlens=torch.tensor([0, 3, 7]), backend="triton")
+    irl.iqlearn_loss(q[0], y[0], **packed).backward()
     tilted = torch.zeros(3, 2, 4, 2, 7, dtype=dtype)[:, :, :3].movedim(3, 1).requires_grad_()
     irl.iqlearn_loss(tilted, y.new_zeros(3, 2, 2, 3), backend="triton").backward()
 before = len(set(compiled))

@@ -197,14 +197,12 @@ def test_rows_whose_strides_do_not_fold(monkeypatch):
     """The elements at the labels take launches of their own, one for each set of views."""
     leaf = torch.randn(3, 2, 4, 2, 7)
     logits, labels = leaf[:, :, :3].movedim(3, 1), torch.randint(7, (3, 2, 2, 3))
-    gradients = []
+    values, gradients = torch.ones(3, 2, 2, 3), []
     for backend in ("triton", "reference"):
         seen = Seen(monkeypatch)
         given_logits = logits.detach().requires_grad_()
         assert not given_logits.is_contiguous()
-        irl.iqlearn_loss(
-            given_logits, labels, backend=backend, values=torch.ones(3, 2, 2, 3)
-        ).backward()
+        irl.iqlearn_loss(given_logits, labels, backend=backend, values=values).backward()
         gradients.append(given_logits.grad)
         assert backend != "triton" or "set_label" in seen.launches
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
