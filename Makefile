@@ -1,15 +1,19 @@
 # From a fresh clone with Python 3.11 or newer and a C++17 compiler: `make test`, `make demo`.
 #
 #   PYTHON=python3.12   the interpreter that the virtual environment is made from
-#   EXTRAS=demo,dev     what is installed beside irl_ops; see pyproject.toml
+#   EXTRAS=demo,dev     what is installed beside irl_ops (pyproject.toml), and beside what is there
 #   ARGS="--steps 20"   passed on to the demo or to pytest
+#   MINUTES=10          how long `make fuzz` goes on
+#   PIP_QUIET=1         pip says nothing while it works
 
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= demo,dev
 ARGS   ?=
+MINUTES ?= 10
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+comma  := ,
 CPP    := $(wildcard $(foreach room,kernels/cpu irl_ops/algebra/cpu bindings,$(room)/*.cpp $(room)/*.h))
 
 # The compiler of the environment, else the first one found; setuptools reads the variable.
@@ -18,13 +22,23 @@ CXX := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
 endif
 export CXX
 
+# The demo alone needs neither JAX nor the compilers for GPUs and TPUs.
+ifeq ($(MAKECMDGOALS) $(origin EXTRAS),demo file)
+EXTRAS := demo
+endif
+
+# Nothing that is installed is taken away: `make demo` after `make test` finds what it needs.
+HAVE   := $(subst $(comma), ,$(shell cat $(READY) 2>/dev/null))
+WANT   := $(subst $(comma), ,$(EXTRAS))
+ALL    := $(subst $() ,$(comma),$(sort $(HAVE) $(WANT)))
+
 .DEFAULT_GOAL := help
-.PHONY: help test demo demo-jax bench aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
+.PHONY: help test demo demo-jax fuzz mutants bench aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## run the tests; ARGS=-v names each as it starts
 	$(BIN)/python -P -m pytest $(ARGS)
 
 demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
@@ -35,6 +49,12 @@ demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compar
 demo-jax:       ## the same in JAX, with flax and optax
 	@$(MAKE) --no-print-directory VENV=$(VENV)-jax EXTRAS=demo-jax $(VENV)-jax/.ready
 	$(VENV)-jax/bin/python examples/jax_finetune.py $(ARGS)
+
+fuzz: $(READY)  ## all property tests on all backends, with new examples, for MINUTES=10
+	$(BIN)/python -P tests/fuzz.py --minutes $(MINUTES) $(ARGS)
+
+mutants: $(READY)  ## break the kernels and the algebra on purpose: does a test notice each time?
+	$(BIN)/python -P tests/mutants.py $(ARGS)
 
 bench: $(READY) ## time the losses of torch and of JAX beside a copy of the logits and other libraries
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
@@ -65,14 +85,14 @@ clean:          ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) $(VENV)-jax build dist *.egg-info irl_ops/_native*.so irl_ops/kernels
 
 # The install is editable: Python edits are live, and an edit of the C++ sources builds them again.
-# The stamp holds the extras, so that asking for others installs them.
-$(READY): pyproject.toml setup.py constraints.txt $(CPP) \
-          $(if $(filter $(EXTRAS),$(shell cat $(READY) 2>/dev/null)),,FORCE)
+# The stamp holds the extras, so that asking for others installs them beside these.
+$(READY): pyproject.toml setup.py constraints.txt $(CPP) $(if $(filter-out $(HAVE),$(WANT)),FORCE)
 	@$(PYTHON) -c "$$CHECK_MACHINE"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo 'pip installs irl_ops[$(ALL)] into $(VENV), the first time for some minutes'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(ALL)]'
 	ln -sfn ../kernels irl_ops/kernels  # mypy and editors do not see through an editable install
-	@echo '$(EXTRAS)' > $@
+	@echo '$(ALL)' > $@
 
 # Runs on any Python, however old, to say what is missing.
 define CHECK_MACHINE

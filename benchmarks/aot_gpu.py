@@ -2,14 +2,16 @@
 
 Triton carries the compilers for NVIDIA's and AMD's GPUs, so registers, spills and the width of
 every access are known without a GPU. Compiled is what ``irl_ops.kernels.triton.dispatch`` would
-launch with the Triton that is installed. The command fails where
+launch with that release of Triton. The command fails where
 
 - a register spills,
 - the middle of a row is accessed in less than 128 bits at a time,
 - there are more exponentials than the kernels' first lines say, or
-- registers keep a multiprocessor from holding as many blocks as ``dispatch`` asks for.
+- registers keep a multiprocessor from holding as many blocks as ``dispatch`` asks for, or
+- a block wants more shared memory than the target gives it.
 
-None of this is a timing.
+Releases of Triton differ, and so each of VERSIONS compiles everything: those that are not installed
+come by pip, into folders under ``build/``. None of this is a timing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +34,7 @@ from rich.table import Table
 
 from irl_ops.kernels.triton import dispatch
 
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")  # torch 2.11's, torch 2.13's, and the newest
 TARGETS: dict[str, tuple[str, int | str, int]] = {  # Triton's backend, architecture, lanes
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -38,10 +42,19 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {  # Triton's backend, architec
     "gfx942": ("hip", "gfx942", 64),
     "gfx90a": ("hip", "gfx90a", 64),
 }
+SHARED = {  # bytes that one block may have, as the vendors' tables say
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+    "gfx90a": 64 << 10,
+}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 VOCABS = (50257, 128256, 151936, 256000)  # of real models, beside the limits in the tables
+LONG = 16384  # columns from which on registers and shared memory become short
 SCALARS = 12  # more than the narrow accesses of any kernel: coefficients, statistics, edges
 RESULTS = Path(__file__).parent / "results" / "aot-gpu.json"
+BUILD = Path(__file__).resolve().parents[1] / "build"
 
 
 class Job(NamedTuple):
@@ -54,6 +67,7 @@ class Job(NamedTuple):
     entropy: bool = False
     edges: bool = False  # V or a stride is no multiple of 16 bytes
     matched: bool = True  # rows of the gradient lie relative to 16 bytes as those of the logits do
+    softcap: bool = False
 
 
 class Promise(NamedTuple):
@@ -89,17 +103,31 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str]) -> Iterator[Job]:
             for entropy in (False, True):
                 for vocab in (dispatch.SHORT, VOCABS[0]):
                     yield Job("row_stats", target, dtype, vocab, entropy, edges)
-                table = dispatch.RESIDENT_ENTROPY if entropy else dispatch.RESIDENT
-                limits = {fits.columns for fits in table[family(target)]}
-                # the same kernel for several vocabularies is compiled for the largest
-                forms = {
-                    dispatch.row_stats_grad(vocab, DTYPES[dtype], entropy, family(target)): vocab
-                    for vocab in sorted(limits.union(VOCABS))
-                }
-                for vocab in forms.values():
+                for vocab in vocabs(target, dtype, entropy):
                     yield Job("row_stats_grad", target, dtype, vocab, entropy, edges)
-        for kernel in ("row_grad", "row_stats_grad"):
-            yield Job(kernel, target, dtype, VOCABS[0], edges=True, matched=False)
+        yield Job("row_grad", target, dtype, VOCABS[0], edges=True, matched=False)
+        for kernel in ("label_logit", "set_label", "row_stats", "row_grad"):
+            yield Job(kernel, target, dtype, VOCABS[0], edges=True, softcap=True)
+        for entropy, matched in itertools.product((False, True), repeat=2):
+            for vocab in vocabs(target, dtype, entropy, matched, softcap=matched):
+                if vocab >= LONG:
+                    yield Job(
+                        "row_stats_grad", target, dtype, vocab, entropy, True, matched, matched
+                    )
+
+
+def vocabs(
+    target: str, dtype: str, entropy: bool, matched: bool = True, softcap: bool = False
+) -> Iterator[int]:
+    """The largest rows of every form of row_stats_grad."""
+    limits = {fits.columns for fits in dispatch.resident(entropy, softcap)[family(target)]}
+    forms = {
+        dispatch.row_stats_grad(
+            vocab, DTYPES[dtype], entropy, family(target), matched, softcap
+        ): vocab
+        for vocab in sorted(limits.union(VOCABS))
+    }
+    yield from forms.values()
 
 
 def family(target: str) -> str:
@@ -124,12 +152,14 @@ def run(job: Job) -> Result:
         problems.append("narrow loads")
     if job.matched and (code.wide_stores < promise.stores or code.narrow_stores > SCALARS):
         problems.append("narrow stores")
-    # edges take up to two more, twice; with entropy compilers repeat a few rather than keep them
+    # edges take up to three more, twice; with entropy compilers repeat a few rather than keep them
     if code.exponentials > promise.exponentials * (1.125 if job.entropy else 1) + 4:
         problems.append(f"{code.exponentials} exponentials for {promise.exponentials}")
     wanted = max(1, form.blocks * 2 // DTYPES[job.dtype])
     if blocks < wanted:
         problems.append(f"{blocks} blocks for {wanted}")
+    if code.shared_bytes > SHARED[job.target]:
+        problems.append(f"{code.shared_bytes} bytes of shared memory")
     return Result(job, name, as_text(form), code, promise, blocks, problems)
 
 
@@ -137,7 +167,9 @@ def launched(job: Job) -> tuple[str, Any]:
     """The kernel's file, and the form that ``dispatch`` chooses."""
     of = family(job.target)
     if job.kernel == "row_stats_grad":
-        form = dispatch.row_stats_grad(job.vocab, DTYPES[job.dtype], job.entropy, of)
+        form = dispatch.row_stats_grad(
+            job.vocab, DTYPES[job.dtype], job.entropy, of, job.matched, job.softcap
+        )
         return ("resident" if isinstance(form, dispatch.Resident) else "two_pass"), form
     if job.kernel == "row_stats":
         return "row_stats", dispatch.row_stats(job.vocab, of)
@@ -151,19 +183,20 @@ def promised(job: Job, name: str, form: Any, threads: int) -> Promise:
     if name == "labels":
         return Promise(0, 0, 0, 0)
     if isinstance(form, dispatch.Resident):
-        share = (form.first + form.second) // (threads * form.num_ctas)
-        exponentials = 1 + job.entropy
+        share = form.lanes * form.parts // (threads * form.num_ctas)
+        exponentials = 1 + job.entropy + job.softcap
     else:
         columns = form.r * form.lanes if isinstance(form, dispatch.Tiles) else form.columns
-        share, exponentials = columns // threads, int(name != "scale")
+        share, exponentials = columns // threads, int(name != "scale") + job.softcap
     groups = share * DTYPES[job.dtype] // 16
     if not isinstance(form, dispatch.Tiles):
         return Promise(groups, groups, exponentials * share, exponentials)
     lanes = share // form.r
-    scan = 2 * (share + lanes) + lanes
+    each = 1 + job.softcap
+    scan = 2 * (each * share + lanes) + lanes
     if name == "row_stats":
-        return Promise(2 * groups, 0, scan, 1 + 1 / form.r)
-    return Promise(4 * groups, 2 * groups, scan + 2 * share, 2 + 1 / form.r)
+        return Promise(2 * groups, 0, scan, each + 1 / form.r)
+    return Promise(4 * groups, 2 * groups, scan + 2 * each * share, 2 * each + 1 / form.r)
 
 
 def compiled(job: Job, name: str, form: Any) -> Any:
@@ -176,6 +209,9 @@ def compiled(job: Job, name: str, form: Any) -> Any:
 
     kernel = getattr(importlib.import_module(f"irl_ops.kernels.triton.{name}"), job.kernel)
     given = form.launch | {"ENTROPY": job.entropy, "EDGES": job.edges, "MATCHED": job.matched}
+    given |= {"SCALE": 1.0, "SOFTCAP": 30.0 if job.softcap else 0.0}
+    if not job.softcap and job.kernel == "set_label":
+        given["label_logit"] = None
     if not job.entropy:
         given |= {"entropy": None, "entropy_weight": None}
     constants = {n: given[n] for n in kernel.arg_names if n in given}
@@ -204,7 +240,7 @@ def type_of(name: str, job: Job) -> str:
 def as_text(form: Any) -> str:
     """The columns that a program holds at once, its warps, and the blocks of a cluster."""
     if isinstance(form, dispatch.Resident):
-        columns = f"{form.first}+{form.second}" if form.second else f"{form.first}"
+        columns = f"{form.parts}x{form.lanes}" if form.parts > 1 else f"{form.lanes}"
         return f"{columns} w{form.num_warps}" + f" x{form.num_ctas}" * (form.num_ctas > 1)
     columns = f"{form.r}x{form.lanes}" if isinstance(form, dispatch.Tiles) else f"{form.columns}"
     return f"{columns} w{form.num_warps}"
@@ -214,8 +250,8 @@ def as_table(results: Sequence[Result], title: str) -> Table:
     """What the command prints."""
     table = Table(title=title)
     for heading in (
-        "kernel", "target", "dtype", "V", "entropy", "edges", "form", "registers", "spilled",
-        "shared", "loads 128+", "stores 128+", "exp/element", "blocks", "",
+        "kernel", "target", "dtype", "V", "entropy", "softcap", "edges", "form", "registers",
+        "spilled", "shared", "loads 128+", "stores 128+", "exp/element", "blocks", "",
     ):  # fmt: skip
         table.add_column(heading)
     for result in results:
@@ -227,6 +263,7 @@ def as_table(results: Sequence[Result], title: str) -> Table:
             job.dtype,
             str(job.vocab),
             "yes" if job.entropy else "",
+            "yes" if job.softcap else "",
             "yes" if job.edges else "",
             result.form,
             str(code.registers),
@@ -255,17 +292,35 @@ def save(results: Sequence[Result], version: str) -> None:
     RESULTS.write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
 
+def with_release(version: str) -> int:
+    """The exit status of this command, in a process of its own with that release of Triton."""
+    import triton
+
+    environment, arguments = dict(os.environ), [*sys.argv, "--versions", version]
+    if version != triton.__version__:
+        folder = BUILD / f"triton-{version}"
+        if not folder.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            subprocess.run([*pip, "--target", folder, f"triton=={version}"], check=True)
+        more = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [more])])
+    return subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
+
+
 def main() -> int:
     """The exit status: 1 where a kernel misses what it has to meet."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--versions", nargs="+", default=VERSIONS, help="releases of Triton")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
     chosen = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # or there is nothing to compile
     import triton
 
+    if list(chosen.versions) != [triton.__version__]:
+        return max([with_release(version) for version in chosen.versions])
     with ProcessPoolExecutor(chosen.processes) as pool:
         results = list(pool.map(run, jobs(chosen.targets, chosen.dtypes)))
     console = Console(width=None if sys.stdout.isatty() else 200)

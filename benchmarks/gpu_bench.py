@@ -15,6 +15,7 @@ import argparse
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import random
 import re
@@ -107,7 +108,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package."""
+    """Of an installed package; Triton's own word, since a newer one may lie first on the path."""
+    if package == "triton" and importlib.util.find_spec("triton"):
+        return str(importlib.import_module("triton").__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

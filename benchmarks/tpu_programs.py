@@ -102,13 +102,15 @@ def gathering(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _plain(q: jax.Array, labels: jax.Array, label_logit: jax.Array) -> jax.Array:
-    rows = algebra.rows_of(jnp, labels, q.shape[-1])
-    value = jax.nn.logsumexp(q, -1)
-    return _iqlearn(rows, algebra.Statistics(value, label_logit, label_logit - value, None))
+    rows = algebra.align(jnp, labels, q.shape[-1], algebra.Sequence())
+    value, correct = jax.nn.logsumexp(q, -1), jnp.zeros(labels.shape, bool)
+    return _iqlearn(
+        rows, algebra.Statistics(value, label_logit, label_logit - value, None, correct)
+    )
 
 
 def _iqlearn(rows: algebra.Rows, stats: algebra.Statistics) -> jax.Array:
-    ones = jnp.ones(rows.labels.shape, jnp.float32)
-    objective = algebra.iqlearn_objective(jnp, rows.kind, ones, lam=LAM, gamma=GAMMA)
-    reward = algebra.transition(jnp, rows.kind, stats, GAMMA).reward
-    return algebra.row_losses(jnp, objective, stats, reward).sum()
+    terms = algebra.Terms(td=LAM, gamma=GAMMA)
+    loss = algebra.weigh(jnp, rows.kind, terms, algebra.Weighting())
+    step = algebra.transition(jnp, rows.kind, stats, GAMMA, algebra.Heads())
+    return algebra.row_losses(jnp, loss, stats, step).sum()

@@ -54,3 +54,6 @@ void define_calls(pybind11::module_& module);
 
 // Adds xla_targets and xla_api to the module.
 void define_xla(pybind11::module_& module);
+
+// Adds pool_empty and the other pool_ functions to the module.
+void define_pool(pybind11::module_& module);

@@ -109,6 +109,7 @@ PYBIND11_MODULE(_native, module) {
       arg("parallel"));
   define_calls(module);
   define_xla(module);
+  define_pool(module);
   module.def("isa", [] { return irl::find_isa("").name; });
   module.def("isas", &isas);
 }

@@ -6,7 +6,7 @@
 Nothing is downloaded: the tokenizer and the model are made on the spot, and pre-trained for a
 minute on the docstrings of Python's standard library. The model is then fine-tuned once for each
 of --lams, from the same weights, on the same batches in the same order; lam = 0 is maximum
-likelihood. The run ends with a table, a figure and the numbers behind them in --out.
+likelihood. The run ends with a table, a figure and the numbers behind them, in a folder of its own.
 """
 
 import argparse
@@ -14,18 +14,21 @@ import copy
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from command_line import Sizes, parse, run_folder
 from diversity import self_bleu
 from measure import held_out, loss_megabytes, loss_milliseconds, sample
-from report import Progress, Run, write_report
+from report import Progress, write_report
 from rich.console import Console
-from text_data import ACCEPTED, DataError, Row, Text, prepare
+from run_record import Point, Run
+from text_data import DataError, Row, Text, prepare
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
@@ -44,32 +47,27 @@ from transformers.utils import logging
 import irl_ops
 from irl_ops.integrations.transformers import apply_iqlearn
 
-
-class Sizes(NamedTuple):
-    """How much is done."""
-
-    vocab_size: int
-    hidden_size: int
-    start_steps: int  # of the pre-training
-    steps: int  # of each fine-tuning run
-    held_out: int  # pairs, at most
-    prompts: int  # of the held-out pairs, to sample from
-    samples: int  # of each prompt
-    max_new_tokens: int
-
-
-FULL = Sizes(4096, 128, 600, 200, held_out=96, prompts=32, samples=4, max_new_tokens=128)
-QUICK = Sizes(512, 32, 4, 4, held_out=8, prompts=2, samples=3, max_new_tokens=8)
+FULL = Sizes(4096, 128, 4, 600, 200, held_out=96, prompts=32, samples=4, max_new_tokens=128)
+QUICK = Sizes(512, 32, 4, 4, 4, held_out=8, prompts=2, samples=3, max_new_tokens=8)
+LAMS = (0.0, 0.05, 0.1, 0.5)
+OUT = Path("runs/demo")
 MAX_LENGTH = 192  # tokens of a prompt with its completion
 BATCH_SIZE = 8  # small, since a short training needs many steps more than large ones
 EVALUATIONS = 10  # points of a learning curve, beside its start
 
 
 def main() -> None:
-    """Run the comparison that the command line asks for."""
-    options, sizes = parse_options()
+    """Run the comparison that the command line asks for, in a folder of its own."""
+    options, sizes = parse(__doc__, full=FULL, quick=QUICK, lams=LAMS, out=OUT)
     console = Console()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with run_folder(options, console) as folder:
+        compare(options, sizes, console, folder)
+
+
+def compare(options: argparse.Namespace, sizes: Sizes, console: Console, folder: Path) -> None:
+    """Pre-train one model, fine-tune it with each loss, measure, and write the report."""
     set_seed(options.seed)
     began = time.perf_counter()
 
@@ -83,8 +81,8 @@ def main() -> None:
     )
     with Progress(console, sizes.start_steps + len(options.lams) * sizes.steps) as progress:
         progress.phase("pre-training")
-        start = small_llama(text.tokenizer, sizes.hidden_size)
-        train(start, text.start, text, options, sizes.start_steps, 3e-3, Watch(progress))
+        start = small_llama(text.tokenizer, sizes)
+        train(start, text.start, text, options.seed, sizes.start_steps, 3e-3, Watch(progress))
 
         models, runs = [], []
         for lam in options.lams:
@@ -96,7 +94,7 @@ def main() -> None:
                     model, lam=lam, gamma=options.gamma, eos_token_id=text.tokenizer.eos_token_id
                 )
             watch = Watch(progress, lambda m: evaluate(m, text, options), sizes.steps)
-            train(model, text.train, text, options, sizes.steps, 1e-3, watch)
+            train(model, text.train, text, options.seed, sizes.steps, 1e-3, watch)
 
             progress.phase(f"sampling, lam = {lam:g}")
             models.append(model)
@@ -106,8 +104,15 @@ def main() -> None:
         batch = collator(text)(text.train[:BATCH_SIZE])
         times = loss_milliseconds(models, batch)
         for run, model, milliseconds in zip(runs, models, times, strict=True):
-            run.loss_ms, run.loss_mb = milliseconds, loss_megabytes(model, batch)
+            run.loss_ms, run.loss_ms_quartiles = milliseconds
+            run.loss_mb = loss_megabytes(model, batch)
 
+    if options.save_models:
+        for run, model in zip(runs, models, strict=True):
+            run.model = f"models/lam-{run.lam:g}"
+            model.save_pretrained(folder / run.model)
+            text.tokenizer.save_pretrained(folder / run.model)
+    reference_length, reference_cut = text.reference(sizes.max_new_tokens)
     facts = {
         "data": str(options.data or "topics of pydoc"),
         "seed": options.seed,
@@ -120,7 +125,8 @@ def main() -> None:
         "held_out": len(text.held_out),
         "prompts": len(text.prompts(sizes.prompts)),
         "parameters": start.num_parameters(),
-        "reference_length": text.reference_length(),
+        "reference_length": reference_length,
+        "reference_cut": reference_cut,
         "loss_rows": batch["labels"].numel(),
         "device": start.device.type,
         "threads": torch.get_num_threads(),
@@ -131,45 +137,17 @@ def main() -> None:
             **{name: version(name) for name in ("torch", "transformers", "tokenizers")},
         },
     }
-    write_report(console, options.out, runs, facts)
+    write_report(console, folder, runs, facts)
 
 
-def parse_options() -> tuple[argparse.Namespace, Sizes]:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=ACCEPTED,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", type=Path, metavar="FILE", help="text to fine-tune on; default: pydoc's topics")
-    add("--lams", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.5], metavar="LAM")
-    add("--gamma", type=float, default=1.0, help="discount of the next value; default: 1")
-    add("--steps", type=int, help=f"of each fine-tuning run; default: {FULL.steps}")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER")
-    add("--quick", action="store_true", help="a few steps of a tiny model, to see that it runs")
-    options = parser.parse_args()
-    if not all(0 <= lam < float("inf") for lam in options.lams):
-        parser.error(f"--lams: {options.lams} given, finite numbers from 0 up are accepted")
-    if len(set(options.lams)) < len(options.lams):
-        parser.error(f"--lams: {options.lams} given, distinct numbers are accepted")
-    if not 0 <= options.gamma <= 1:
-        parser.error(f"--gamma: {options.gamma} given, a number from 0 to 1 is accepted")
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps: {options.steps} given, a number from 1 up is accepted")
-    sizes = QUICK if options.quick else FULL
-    return options, sizes._replace(steps=options.steps or sizes.steps)
-
-
-def small_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> LlamaForCausalLM:
+def small_llama(tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> LlamaForCausalLM:
     """Make a Llama with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=4,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=3 * sizes.hidden_size,
+            num_hidden_layers=sizes.layers,
             num_attention_heads=4,
             max_position_embeddings=2 * MAX_LENGTH,
             tie_word_embeddings=True,
@@ -185,7 +163,7 @@ def train(
     model: LlamaForCausalLM,
     rows: list[Row],
     text: Text,
-    options: argparse.Namespace,
+    seed: int,
     steps: int,
     learning_rate: float,
     watch: "Watch",
@@ -194,13 +172,13 @@ def train(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.out),
+            output_dir=tempfile.gettempdir(),  # it is asked for, and nothing is written there
             max_steps=steps,
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,
-            seed=options.seed,
+            seed=seed,
             report_to="none",
             logging_strategy="no",
             save_strategy="no",
@@ -239,7 +217,7 @@ class Watch(TrainerCallback):
         self.progress = progress
         self.evaluate = evaluate
         self.every = max(1, steps // EVALUATIONS)
-        self.curve: list[tuple[int, float]] = []
+        self.curve: list[Point] = []
         self.step_ms: list[float] = []
         self.step_began = 0.0
 
@@ -265,9 +243,10 @@ class Watch(TrainerCallback):
             self.add_point(state.global_step, kwargs["model"])
 
     def add_point(self, step: int, model: LlamaForCausalLM) -> None:
-        """Add a point to the learning curve, if one is drawn."""
+        """Add a point to the learning curves, if they are drawn."""
         if self.evaluate:
-            self.curve.append((step, self.evaluate(model)["nll"]))
+            means = self.evaluate(model)
+            self.curve.append(Point(step, means["nll"], means["td"]))
 
 
 def measured(

@@ -6,32 +6,34 @@
 Nothing is downloaded: the tokenizer and the model are made on the spot, and pre-trained for a
 minute on the docstrings of Python's standard library. The model is then fine-tuned once for each
 of --lams, from the same weights, on the same batches in the same order; lam = 0 is maximum
-likelihood, with optax's loss. The run ends with a table, a figure and the numbers in --out.
+likelihood, with optax's loss. The run ends with a table, a figure and the numbers behind them, in
+a folder of its own.
 """
 
 import argparse
 import functools
-import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from command_line import Sizes, parse, run_folder
 from diversity import self_bleu
 from flax import nnx
 from jax_decoder import Decoder, decode
-from report import Progress, Run, write_report
+from report import Progress, write_report
 from rich.console import Console
-from text_data import ACCEPTED, IGNORE_INDEX, DataError, Row, Text, prepare
+from run_record import Point, Run, Spread, spread
+from text_data import IGNORE_INDEX, DataError, Row, Text, prepare
 
 import irl_ops
 import irl_ops.jax as irl
@@ -41,22 +43,10 @@ Batch = Mapping[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class Sizes(NamedTuple):
-    """How much is done."""
-
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    start_steps: int  # of the pre-training
-    steps: int  # of each fine-tuning run
-    held_out: int  # pairs, at most
-    prompts: int  # of the held-out pairs, to sample from
-    samples: int  # of each prompt
-    max_new_tokens: int
-
-
 FULL = Sizes(4096, 128, 4, 300, 200, held_out=96, prompts=32, samples=4, max_new_tokens=128)
 QUICK = Sizes(512, 32, 2, 4, 4, held_out=8, prompts=2, samples=3, max_new_tokens=8)
+LAMS = (0.0, 0.1)
+OUT = Path("runs/demo-jax")
 MAX_LENGTH = 192  # tokens of a prompt with its completion; shorter ones are padded
 START_LENGTH = 128  # tokens of a row of the pre-training
 BATCH_SIZE = 8
@@ -64,9 +54,15 @@ EVALUATIONS = 10  # points of a learning curve, beside its start
 
 
 def main() -> None:
-    """Run the comparison that the command line asks for."""
-    options, sizes = parse_options()
+    """Run the comparison that the command line asks for, in a folder of its own."""
+    options, sizes = parse(__doc__, full=FULL, quick=QUICK, lams=LAMS, out=OUT)
     console = Console()
+    with run_folder(options, console) as folder:
+        compare(options, sizes, console, folder)
+
+
+def compare(options: argparse.Namespace, sizes: Sizes, console: Console, folder: Path) -> None:
+    """Pre-train one model, fine-tune it with each loss, measure, and write the report."""
     began = time.perf_counter()
 
     console.print("reading text, training a tokenizer")
@@ -91,13 +87,19 @@ def main() -> None:
             progress.phase(f"fine-tuning, lam = {lam:g}")
             model = nnx.clone(start)
             losses.append(loss_of(lam, options.gamma, text.tokenizer.eos_token_id))
-            runs.append(compare(lam, model, losses[-1], text, options, sizes, progress))
+            runs.append(fine_tune(lam, model, losses[-1], text, options, sizes, progress))
+            if options.save_models:
+                runs[-1].model = f"models/lam-{lam:g}"
+                save(model, text, folder / runs[-1].model)
 
         progress.phase("timing the losses")
         logits = jax.jit(start.__call__)(batch["input_ids"])
-        for run, measured in zip(runs, cost(losses, logits, batch["labels"]), strict=True):
-            run.loss_ms, run.loss_mb = measured
+        costs = cost(losses, logits, batch["labels"])
+        for run, (milliseconds, megabytes) in zip(runs, costs, strict=True):
+            run.loss_ms, run.loss_ms_quartiles = milliseconds
+            run.loss_mb = megabytes
 
+    reference_length, reference_cut = text.reference(sizes.max_new_tokens)
     facts = {
         "data": str(options.data or "topics of pydoc"),
         "seed": options.seed,
@@ -110,7 +112,8 @@ def main() -> None:
         "held_out": len(text.held_out),
         "prompts": len(text.prompts(sizes.prompts)),
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(start, nnx.Param))),
-        "reference_length": text.reference_length(),
+        "reference_length": reference_length,
+        "reference_cut": reference_cut,
         "loss_rows": batch["labels"].size,
         "device": jax.default_backend(),
         "threads": os.cpu_count(),
@@ -121,35 +124,7 @@ def main() -> None:
             **{name: version(name) for name in ("jax", "flax", "optax", "tokenizers")},
         },
     }
-    write_report(console, options.out, runs, facts)
-
-
-def parse_options() -> tuple[argparse.Namespace, Sizes]:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=ACCEPTED,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", type=Path, metavar="FILE", help="text to fine-tune on; default: pydoc's topics")
-    add("--lams", type=float, nargs="+", default=[0.0, 0.1], metavar="LAM")
-    add("--gamma", type=float, default=1.0, help="discount of the next value; default: 1")
-    add("--steps", type=int, help=f"of each fine-tuning run; default: {FULL.steps}")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/demo-jax"), metavar="FOLDER")
-    add("--quick", action="store_true", help="a few steps of a tiny model, to see that it runs")
-    options = parser.parse_args()
-    if not all(0 <= lam < math.inf for lam in options.lams):
-        parser.error(f"--lams: {options.lams} given, finite numbers from 0 up are accepted")
-    if len(set(options.lams)) < len(options.lams):
-        parser.error(f"--lams: {options.lams} given, distinct numbers are accepted")
-    if not 0 <= options.gamma <= 1:
-        parser.error(f"--gamma: {options.gamma} given, a number from 0 to 1 is accepted")
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps: {options.steps} given, a number from 1 up is accepted")
-    sizes = QUICK if options.quick else FULL
-    return options, sizes._replace(steps=options.steps or sizes.steps)
+    write_report(console, folder, runs, facts)
 
 
 def mle(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -221,7 +196,7 @@ def train(
     return milliseconds
 
 
-def compare(
+def fine_tune(
     lam: float,
     model: Decoder,
     loss: Loss,
@@ -242,12 +217,14 @@ def compare(
         gamma=options.gamma,
         eos_token_id=text.tokenizer.eos_token_id,
     )
-    every, curve = max(1, sizes.steps // EVALUATIONS), [(0, evaluate()["nll"])]
+    every, curve = max(1, sizes.steps // EVALUATIONS), []
 
     def watch(step: int) -> None:
         if step % every == 0 or step == sizes.steps:
-            curve.append((step, evaluate()["nll"]))
+            means = evaluate()
+            curve.append(Point(step, means["nll"], means["td"]))
 
+    watch(0)
     rows = padded(text.train, text, MAX_LENGTH, options.seed)
     step_ms = train(model, loss, rows, sizes.steps, 1e-3, progress, watch)
     progress.phase(f"sampling, lam = {lam:g}")
@@ -319,26 +296,37 @@ def sample(
     return [rows[i : i + sizes.samples] for i in range(0, len(rows), sizes.samples)]
 
 
+def save(model: Decoder, text: Text, folder: Path) -> None:
+    """Write the weights as ``model.npz``, named by their place in the model, and the tokenizer."""
+    text.tokenizer.save_pretrained(folder)
+    weights = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    named = {"/".join(map(str, path)): np.asarray(value[...]) for path, value in weights}
+    np.savez(folder / "model.npz", **named)
+
+
 def cost(
     losses: Sequence[Loss], logits: jax.Array, labels: jax.Array, repeats: int = 15
-) -> list[tuple[float, float]]:
+) -> list[tuple[Spread, float]]:
     """Milliseconds and megabytes of each loss with its gradient, beside the logits.
 
-    The losses take turns; the memory is what the compiler says: results and temporaries.
+    The losses take turns, in an order drawn anew each time; the memory is what the compiler says:
+    results and temporaries.
     """
     compiled = [
         jax.jit(jax.value_and_grad(loss)).lower(logits, labels).compile() for loss in losses
     ]
     times: list[list[float]] = [[] for _ in compiled]
+    order = random.Random(0)
     for repeat in range(repeats + 2):
-        for run, series in zip(compiled, times, strict=True):
+        turns = list(zip(compiled, times, strict=True))
+        for run, series in order.sample(turns, len(turns)):
             began = time.perf_counter()
             jax.block_until_ready(run(logits, labels))
             if repeat >= 2:  # the first calls warm up
                 series.append(1e3 * (time.perf_counter() - began))
     memory = (run.memory_analysis() for run in compiled)
     megabytes = [(m.temp_size_in_bytes + m.output_size_in_bytes) / 1e6 for m in memory]
-    return list(zip(map(statistics.median, times), megabytes, strict=True))
+    return list(zip(map(spread, times), megabytes, strict=True))
 
 
 if __name__ == "__main__":

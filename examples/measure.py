@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_record import Spread, spread
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 import irl_ops.torch as irl
@@ -79,8 +79,8 @@ def sample(
 
 def loss_milliseconds(
     models: Sequence[PreTrainedModel], batch: Batch, repeats: int = 25
-) -> list[float]:
-    """Time each model's own loss, forward and backward, on the same logits; medians.
+) -> list[Spread]:
+    """Time each model's own loss, forward and backward, on the same logits, in milliseconds.
 
     The models take turns, in an order drawn anew each time: a disturbance of the machine meets them
     all, and so does what another loss leaves in the caches.
@@ -97,7 +97,7 @@ def loss_milliseconds(
             synchronize(model)
             if repeat >= 2:  # the first calls warm up
                 series.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(series) for series in times]
+    return [spread(series) for series in times]
 
 
 def loss_megabytes(model: PreTrainedModel, batch: Batch) -> float:

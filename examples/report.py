@@ -1,48 +1,18 @@
-"""What the demo shows: a progress bar, a table, a figure, and sentences made from the numbers."""
+"""What the demo says: a progress bar, a table, and sentences made from the numbers."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import cycle
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import matplotlib
+from figure import draw
 from rich import box
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-COLOURS = ("#4d4d4d", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
-MARKERS = "osD^vP"
-
-
-@dataclass
-class Run:
-    """One fine-tuning run and what was measured on it."""
-
-    lam: float
-    curve: list[tuple[int, float]]  # (step, held-out NLL)
-    nll: float
-    td: float
-    entropy: float
-    self_bleu: float
-    length: float
-    unfinished: float  # share of the samples that were cut at the longest length
-    step_ms: float
-    samples: dict[str, list[str]]  # by prompt
-    loss_ms: float = 0.0
-    loss_mb: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """What the run is called in the table and the figure."""
-        return f"IQLearn λ={self.lam:g}" if self.lam else "MLE"
+from run_record import Run
 
 
 class Progress:
@@ -113,7 +83,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
-    """Lay the numbers out, one loss a row."""
+    """Lay the numbers out, one row per loss."""
     result = Table(
         title=f"Held-out text after {facts['steps']} steps, γ = {facts['gamma']:g}",
         box=box.SIMPLE_HEAD,
@@ -128,12 +98,13 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
         "Self-\nBLEU",
         "length",
         "cut\n%",
-        "loss\nms",
+        "loss ms\n(quartiles)",
         "loss\nMB",
         "step\nms",
     ):
-        result.add_column(header, justify="right")
+        result.add_column(header, justify="right", no_wrap=True)
     for r in runs:
+        low, high = r.loss_ms_quartiles
         result.add_row(
             r.name,
             f"{r.nll:.3f}",
@@ -142,10 +113,17 @@ def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
             f"{r.self_bleu:.1f}",
             f"{r.length:.1f}",
             f"{100 * r.unfinished:.0f}",
-            f"{r.loss_ms:.1f}",
+            f"{r.loss_ms:.3g} ({low:.3g}-{high:.3g})",
             f"{r.loss_mb:.1f}",
             f"{r.step_ms:.0f}",
         )
+    result.add_row(
+        "held-out text",
+        *4 * [""],
+        f"{facts['reference_length']:.1f}",
+        f"{100 * facts['reference_cut']:.0f}",
+        style="dim",
+    )
     return result
 
 
@@ -162,12 +140,13 @@ def key(facts: Mapping[str, Any]) -> Table:
         (
             "length, cut",
             f"tokens of a sample, and the share of samples cut at {facts['max_new_tokens']}; "
-            f"held-out completions have {facts['reference_length']:.1f} tokens",
+            "the last row has held-out completions, cut at the same length",
         ),
         (
             "loss",
             f"forward and backward on {facts['loss_rows']} x {facts['vocab_size']} logits: median "
-            "time, and the most memory held beside the logits, gradient included; "
+            "and quartiles of the time, and the most memory held beside the logits, gradient "
+            "included; "
             f"for MLE, the loss that {facts['mle']} comes with",
         ),
         (
@@ -184,9 +163,10 @@ def read_the_numbers(runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]
     return [
         f"Held-out NLL: {extremes(runs, 'nll', '.3f')}.",
         f"Squared TD residual: {extremes(runs, 'td', '.2f')}.",
+        f"Length of the samples: {extremes(runs, 'length', '.1f')}; held-out completions "
+        f"{facts['reference_length']:.1f}.",
         f"Self-BLEU: {extremes(runs, 'self_bleu', '.1f')}. Lower is more diverse, but Self-BLEU "
-        "also moves with the length of the samples.",
-        f"Length of the samples: {extremes(runs, 'length', '.1f')}.",
+        "also moves with the length of the samples: compare losses of like length only.",
         f"One seed ({facts['seed']}), {facts['parameters'] / 1e6:.2f} M parameters, "
         f"{facts['held_out']} held-out completions: this shows how to run the comparison. "
         "It does not say which loss is better for a model or data of another size.",
@@ -200,40 +180,3 @@ def extremes(runs: Sequence[Run], measure: str, digits: str) -> str:
     if low == high:
         return f"{low} with every loss"
     return f"lowest with {ordered[0].name} ({low}), highest with {ordered[-1].name} ({high})"
-
-
-def draw(runs: Sequence[Run], facts: Mapping[str, Any], path: Path) -> None:
-    """Draw the learning curves and, beside them, likelihood against diversity."""
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    for run, colour, marker in zip(runs, cycle(COLOURS), cycle(MARKERS), strict=False):
-        steps, nll = zip(*run.curve, strict=True)
-        left.plot(steps, nll, color=colour, marker=marker, markersize=4, label=run.name)
-        right.plot(
-            run.self_bleu,
-            run.nll,
-            color=colour,
-            marker=marker,
-            markersize=10,
-            linestyle="none",
-            label=f"{run.name}: {run.length:.1f} tokens",
-        )
-    left.set(xlabel="fine-tuning step", ylabel="held-out NLL (nats per token)")
-    left.set_title("Learning curves", loc="left")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(frameon=False)
-    right.set(xlabel="Self-BLEU (lower: more diverse)", ylabel="held-out NLL (lower: better)")
-    right.set_title("Likelihood and diversity", loc="left")
-    right.margins(0.25)
-    right.legend(title="mean length of the samples", loc="best")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-    figure.suptitle(
-        f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['data']}, one seed",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-        color="#666666",
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 ACCEPTED = """Accepted data:
   .txt    UTF-8 text, documents separated by blank lines
-  .jsonl  one JSON object a line, with "prompt" and "completion", or "question" and "answer",
+  .jsonl  one JSON object per line, with "prompt" and "completion", or "question" and "answer",
           or "messages": a list of {"role": ..., "content": ...} that ends with the assistant"""
 
 OPENING = 8  # words of a document that become its prompt
@@ -56,11 +56,20 @@ class Text(NamedTuple):
         """Return the first held-out prompts."""
         return [prompt_of(row) for row in self.held_out[:number]]
 
-    def reference_length(self) -> float:
-        """Average the tokens of the held-out completions, without end tokens."""
-        ignored = (IGNORE_INDEX, self.tokenizer.eos_token_id)
-        lengths = [sum(label not in ignored for label in row["labels"]) for row in self.held_out]
-        return statistics.mean(lengths)
+    def reference(self, longest: int) -> tuple[float, float]:
+        """Measure the held-out completions as samples are measured.
+
+        Returns:
+            Their mean length in tokens, without end tokens, where each is cut after ``longest``;
+            and the share of those that have no end within it.
+        """
+        ended, lengths = self.tokenizer.eos_token_id, []
+        cut = 0
+        for row in self.held_out:
+            length = sum(label not in (IGNORE_INDEX, ended) for label in row["labels"])
+            cut += length >= longest or ended not in row["labels"]
+            lengths.append(min(length, longest))
+        return statistics.mean(lengths), cut / len(lengths)
 
 
 def prepare(
@@ -104,9 +113,9 @@ def load_pairs(path: Path | None, seed: int) -> list[Pair]:
     """
     if path is None:
         pairs = distinct(pair for title in topics for pair in document_pairs(topics[title], title))
-    elif path.suffix == ".txt":
+    elif path.suffix.lower() == ".txt":
         pairs = distinct(document_pairs(read_text(path)))
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         pairs = list(dict.fromkeys(jsonl_pairs(path, read_text(path))))
     else:
         raise DataError(str(path), f"the suffix {path.suffix!r} is not known")
@@ -115,9 +124,9 @@ def load_pairs(path: Path | None, seed: int) -> list[Pair]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file."""
+    """Read a UTF-8 file, with or without a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(str(path), f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ Made for bug reports. It imports torch and JAX only where they are installed, an
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -13,7 +14,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,14 +25,15 @@ import numpy as np
 
 import irl_ops
 
+BACKENDS = ("pallas", "triton", "native", "reference")  # of torch or of JAX
 PACKAGES = ("numpy", "array-api-compat", "torch", "jax", "triton", "transformers")
 # Rounding of the exponent moves p_j by a few times p_j |log p_j| 2^-24, and p |log p| is at most
 # 1/e; the value and the coefficient round by a few times 2^-24 of themselves. Together below 1e-6.
 TOLERANCE = 1e-6
 
 HOW_TO_BUILD = (
-    "irl_ops._native is not built. Install the package (pip install irl-ops), or in a checkout run "
-    "`pip install -e .`; both need a C++17 compiler where there is no wheel for the platform."
+    "irl_ops._native is not built. In a clone of irl_ops run `pip install .` (to work on it, "
+    "`pip install -e .`), which needs a C++17 compiler; or install a wheel for this platform."
 )
 
 
@@ -50,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report() -> dict[str, Any]:
     """Everything the doctor found, as plain values; ``report()["ok"]`` is the verdict."""
     native = native_kernels()
+    said: list[str] = []
+    with stderr_kept(said):
+        of_jax = jax_backends()
+    problems = environment_problems()
     return {
         "irl_ops": irl_ops.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -60,13 +68,53 @@ def report() -> dict[str, Any]:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("IRL_OPS_")},
         "native": native,
         "torch_backends": torch_backends(),
-        "jax_backends": jax_backends(),
-        "ok": native["ok"],
+        "jax_backends": of_jax,
+        "jax_messages": said,  # of JAX's plugins, such as a libtpu without a TPU
+        "problems": problems,
+        "ok": native["ok"] and not problems,
     }
 
 
+@contextmanager
+def stderr_kept(lines: list[str]) -> Generator[None]:
+    """Adds to ``lines`` what is written to standard error, by libraries in C too.
+
+    After an exception it is written there after all.
+    """
+    sys.stderr.flush()
+    standard = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(standard, 2)
+            kept.seek(0)
+            sys.stderr.write(kept.read().decode(errors="replace"))
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(standard, 2)
+            os.close(standard)
+        kept.seek(0)
+        lines += kept.read().decode(errors="replace").splitlines()
+
+
+def environment_problems() -> list[str]:
+    """Environment variables of this package whose values no call accepts."""
+    name = os.environ.get("IRL_OPS_BACKEND", "")
+    if name in ("", "auto", *BACKENDS):
+        return []
+    return [f"IRL_OPS_BACKEND is {name!r}; accepted: auto, {', '.join(BACKENDS)}"]
+
+
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, found without importing it; None if absent."""
+    """The installed version of a distribution, found without importing it; None if absent.
+
+    Triton is asked itself: the one that is imported need not be the one that pip installed.
+    """
+    if distribution == "triton" and importlib.util.find_spec("triton"):
+        return str(importlib.import_module("triton").__version__)
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -92,10 +140,14 @@ def native_kernels() -> dict[str, Any]:
     except ImportError as error:
         built = importlib.util.find_spec("irl_ops._native") is not None
         return {"ok": False, "problem": f"irl_ops._native: {error}" if built else HOW_TO_BUILD}
+    try:
+        isa = _native.isa()
+    except ValueError as error:  # names IRL_OPS_ISA, what it is and what is accepted
+        return {"ok": False, "problem": str(error)}
     errors = {name: native_error(_native, name) for name in _native.isas()}
     return {
         "ok": all(error <= TOLERANCE for error in errors.values()),  # False for NaN as well
-        "isa": _native.isa(),
+        "isa": isa,
         "errors": errors,
         "tolerance": TOLERANCE,
     }
@@ -195,6 +247,11 @@ def as_text(found: dict[str, Any]) -> str:
             )
             for isa, error in native["errors"].items()
         ]
+    lines += [("environment", problem) for problem in found["problems"]]
     lines.append(("verdict", "OK" if found["ok"] else "FAILED"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

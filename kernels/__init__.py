@@ -1,4 +1,4 @@
 """Row kernels: what is done to each row of logits, one folder per backend.
 
-They know nothing of sequences or losses. See ``irl_ops.algebra`` for those.
+They know nothing of sequences or losses: ``irl_ops.algebra`` does, and calls no kernel itself.
 """

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -19,8 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 # deadline=None: on a shared machine the time of one example says nothing.
-# CI draws the same examples every time, so that a failure there can be repeated anywhere.
-settings.register_profile("irl_ops", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+# derandomize=False: in CI, too, every run draws examples of its own; a failure there prints what
+# repeats it anywhere, the blob of the example and the seed of the run.
+settings.register_profile(
+    "irl_ops", deadline=None, max_examples=50, derandomize=False, print_blob=True
+)
 settings.load_profile("irl_ops")
 
 # JAX looks for accelerators when it is first used; with libtpu installed it would wait for one.
@@ -32,6 +36,27 @@ if importlib.util.find_spec("triton"):
     from . import interpreter
 
     interpreter.install()
+
+
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its option
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return _repeat(config)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(_repeat(config))
+
+
+def _repeat(config: pytest.Config) -> str:
+    return f"the same random examples again: --hypothesis-seed={config.option.hypothesis_seed}"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "finetune_transformers.py"
 sys.path.insert(0, str(DEMO.parent))  # the examples are scripts, not a package
 
+import command_line  # noqa: E402
 import diversity  # noqa: E402
+import figure  # noqa: E402
 import finetune_transformers  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import run_record  # noqa: E402
 import text_data  # noqa: E402
 from text_data import DataError, Pair  # noqa: E402
 
@@ -54,6 +61,17 @@ def test_every_form_of_row_is_read(form, tmp_path):
     assert text_data.load_pairs(path, seed=0) == [expected]
 
 
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.jsonl"])
+def test_a_byte_order_mark_and_capitals_in_the_suffix_are_accepted(name, tmp_path):
+    path = tmp_path / name
+    path.write_text(json.dumps(ROWS["prompt"][0]), encoding="utf-8-sig")
+    assert path.read_bytes()[:3] == b"\xef\xbb\xbf"
+    assert text_data.load_pairs(path, seed=0) == [ROWS["prompt"][1]]
+    text = tmp_path / "text.TXT"
+    text.write_text(" ".join(WORDS[:20]), encoding="utf-8-sig")
+    assert text_data.load_pairs(text, seed=0)[0].prompt.startswith("w0 w1")
+
+
 def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "a\u2028b", "completion": "c\x85d"}
@@ -81,6 +99,11 @@ def test_the_documentation_is_there_and_repeats_no_completion():
 
 BAD = {
     "suffix": ("rows.csv", "a,b", "rows.csv: the suffix '.csv'"),
+    "a bad byte behind a mark": (
+        "rows.txt",
+        b"\xef\xbb\xbfab\xff",
+        "rows.txt: byte 5 is not UTF-8",
+    ),
     "no file": ("rows.jsonl", None, "rows.jsonl: cannot be read (No such file"),
     "not UTF-8": ("rows.txt", b"abc\xff", "rows.txt: byte 3 is not UTF-8"),
     "not JSON": (
@@ -111,7 +134,7 @@ def test_errors_name_the_file_the_line_and_what_is_accepted(case, tmp_path):
     with pytest.raises(DataError) as error:
         text_data.load_pairs(tmp_path / name, seed=0)
     assert message in str(error.value)
-    assert ".jsonl  one JSON object a line" in str(error.value)
+    assert ".jsonl  one JSON object per line" in str(error.value)
 
 
 def test_too_few_pairs_are_refused(tmp_path):
@@ -148,6 +171,17 @@ def test_labels_mask_the_prompt_and_end_with_the_end_token():
     assert all(len(packed["labels"]) == 32 for packed in rows)
 
 
+def test_held_out_text_is_measured_as_samples_are():
+    rows = [
+        {"labels": [-100, 5, 6, 7, 3]},  # three tokens and the end
+        {"labels": [-100, -100, 5, 6, 7, 8, 9, 3]},  # five: cut after four
+        {"labels": [-100, 5, 6]},  # no end: cut when the data was read
+        {"labels": [5, 6, 7, 8, 3]},  # four tokens, and the end would be the fifth
+    ]
+    text = text_data.Text(SimpleNamespace(eos_token_id=3), start=[], train=[], held_out=rows)
+    assert text.reference(longest=4) == ((3 + 4 + 2 + 4) / 4, 3 / 4)
+
+
 # Measuring
 
 
@@ -157,6 +191,12 @@ def test_self_bleu_of_equal_and_of_unlike_samples():
     # sacrebleu smooths counts of zero, so that unlike texts do not get 0 exactly
     assert diversity.self_bleu([[same, unlike]]) < 15
     assert diversity.self_bleu([[same, ""]]) == 0
+
+
+def test_the_spread_of_times_is_that_of_their_middle_half():
+    # outliers move neither the median nor the quartiles
+    spread = run_record.spread([1.0, 2.0, 3.0, 4.0, 1000.0])
+    assert spread == (3.0, (2.0, 4.0))
 
 
 def test_loss_megabytes_counts_what_the_loss_holds():
@@ -174,18 +214,115 @@ def test_loss_megabytes_counts_what_the_loss_holds():
     assert measure.loss_megabytes(Model(), batch) == pytest.approx(2.048, rel=0.01)
 
 
+# The command line
+
+
+def parsed(monkeypatch, *arguments: str):
+    monkeypatch.setattr(sys, "argv", [str(DEMO), *arguments])
+    return command_line.parse(
+        None,
+        full=finetune_transformers.FULL,
+        quick=finetune_transformers.QUICK,
+        lams=finetune_transformers.LAMS,
+        out=finetune_transformers.OUT,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--lams", "-1"), ("--lams", "0", "0"), ("--gamma", "1.5"), ("--steps", "0")],
+)
+def test_bad_options_are_named(arguments, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parsed(monkeypatch, *arguments)
+    message = capsys.readouterr().err
+    assert f"{arguments[0]}: " in message and "accepted" in message
+
+
+def test_help_explains_every_option(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        parsed(monkeypatch, "--help")
+    lines = capsys.readouterr().out.splitlines()
+    options = [line for line in lines if re.match(r"  (-h, )?--", line)]
+    named = {re.search(r"--[a-z-]+", line)[0] for line in options}
+    assert {"--data", "--lams", "--seed", "--out", "--overwrite", "--save-models"} <= named
+    # what an option is called, its argument, and then at least three words
+    assert not [line for line in options if not re.search(r"\S  +\S+( \S+){2,}", line)]
+
+
+def test_fewer_steps_shorten_the_pre_training_too(monkeypatch):
+    full = finetune_transformers.FULL
+    assert parsed(monkeypatch)[1] == full
+    _, few = parsed(monkeypatch, "--steps", "20")
+    assert few == full._replace(steps=20, start_steps=60)
+    assert parsed(monkeypatch, "--steps", "1", "--quick")[1].start_steps == 1
+
+
+def test_every_comparison_gets_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    console, folders = Console(quiet=True), []
+    asked = [
+        (),
+        (),
+        ("--data", "my.jsonl"),
+        ("--lams", "0", "0.2"),
+        ("--gamma", "0.9"),
+        ("--steps", "3"),
+    ]
+    for arguments in asked:
+        options, _ = parsed(monkeypatch, *arguments)
+        with command_line.run_folder(options, console) as folder:
+            (folder / "results.json").write_text("{}")
+        folders.append(folder.as_posix())
+    first = "runs/demo/pydoc_lam-0-0.05-0.1-0.5_gamma-1"
+    assert folders[:2] == [first, f"{first}_2"]
+    assert folders[2] == "runs/demo/my_lam-0-0.05-0.1-0.5_gamma-1"
+    assert len(set(folders)) == len(folders)
+
+
+def test_two_runs_at_a_time_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, _ = parsed(monkeypatch)
+    console = Console(quiet=True)
+    with (
+        command_line.run_folder(options, console) as one,
+        command_line.run_folder(options, console) as other,
+    ):
+        assert one != other
+    assert not one.exists() and not other.exists()  # nothing was written into them
+
+
+def test_results_are_not_overwritten_unless_asked(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert parsed(monkeypatch, "--out", str(out))[0].out == out
+    out.mkdir()
+    (out / "notes.txt").touch()  # of the user, and no obstacle
+    assert parsed(monkeypatch, "--out", str(out))[0].out == out
+    (out / "results.json").touch()
+    with pytest.raises(SystemExit, match="2"):
+        parsed(monkeypatch, "--out", str(out))
+    message = capsys.readouterr().err
+    assert f"--out: {out} holds results.json of an earlier run" in message
+    assert "--overwrite" in message
+    assert parsed(monkeypatch, "--out", str(out), "--overwrite")[0].out == out
+    with pytest.raises(SystemExit, match="2"):
+        parsed(monkeypatch, "--out", str(out / "notes.txt"))
+    assert "is a file; a folder is accepted" in " ".join(capsys.readouterr().err.split())
+
+
 # From end to end
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(
         [sys.executable, str(DEMO), *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -199,7 +336,8 @@ def numbers(value: object) -> list[float]:
 
 def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
     out = tmp_path / "out"
-    finished = run("--quick", "--lams", "0", "0.5", "--gamma", "0.9", "--out", str(out))
+    options = ("--quick", "--lams", "0", "0.5", "--gamma", "0.9", "--save-models")
+    finished = run(*options, "--out", str(out))
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""  # no warnings
     for word in ("NLL", "TD²", "Self-", "MLE", "IQLearn λ=0.5", "One seed"):
@@ -211,10 +349,15 @@ def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
     assert all(map(math.isfinite, numbers(results)))
     for one in results["runs"]:
         assert one["curve"][0] == results["runs"][0]["curve"][0]  # one starting point
-        assert one["curve"][-1] == [results["steps"], one["nll"]]
-        assert one["loss_ms"] > 0 and one["loss_mb"] > 0 and one["step_ms"] > 0
+        assert one["curve"][-1] == [results["steps"], one["nll"], one["td"]]
+        low, high = one["loss_ms_quartiles"]
+        assert 0 < low <= one["loss_ms"] <= high
+        assert one["loss_mb"] > 0 and one["step_ms"] > 0
         assert 0 <= one["unfinished"] <= 1 and 0 <= one["length"] <= results["max_new_tokens"]
         assert 0 <= one["self_bleu"] <= 100 and one["td"] >= 0 and one["entropy"] > 0
+        weights = load_file(out / one["model"] / "model.safetensors")
+        assert sum(x.numel() for x in weights.values()) == results["parameters"]
+        assert LlamaForCausalLM.from_pretrained(out / one["model"]).vocab_size == 512
     assert results["runs"][0]["curve"] != results["runs"][1]["curve"]  # the loss was taken up
     assert {"torch", "transformers", "irl_ops"} <= results["versions"].keys()
     samples = json.loads((out / "samples.json").read_text(encoding="utf-8"))
@@ -224,30 +367,61 @@ def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
 def test_a_bad_file_ends_in_one_message(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("{", encoding="utf-8")
-    finished = run("--quick", "--data", str(path))
+    finished = run("--quick", "--data", str(path), cwd=tmp_path)
     assert finished.returncode == 1
     assert finished.stderr.startswith(f"error: {path}, line 1: not JSON")
+    assert not list((tmp_path / "runs" / "demo").iterdir())  # no folder of a run is left
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--lams", "-1"), ("--lams", "0", "0"), ("--gamma", "1.5")])
-def test_bad_options_are_named(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(DEMO), *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        finetune_transformers.parse_options()
-    message = capsys.readouterr().err
-    assert f"{arguments[0]}: " in message and "accepted" in message
+def two_runs() -> list[run_record.Run]:
+    common = dict(entropy=1.0, step_ms=1.0, samples={})
+    curve = [run_record.Point(0, 3.0, 20.0)]
+    mle = dict(nll=2.0, td=9.0, self_bleu=4.0, length=10.0, unfinished=0.0)
+    iqlearn = dict(nll=2.5, td=1.0, self_bleu=3.0, length=20.0, unfinished=0.25)
+    return [
+        run_record.Run(0.0, [*curve, run_record.Point(5, 2.0, 9.0)], **mle, **common),
+        run_record.Run(0.1, [*curve, run_record.Point(5, 2.5, 1.0)], **iqlearn, **common),
+    ]
+
+
+FACTS = {
+    "seed": 0,
+    "gamma": 1.0,
+    "data": "my.jsonl",
+    "parameters": 1_000_000,
+    "held_out": 5,
+    "max_new_tokens": 128,
+    "reference_length": 12.0,
+    "reference_cut": 0.125,
+}
 
 
 def test_the_words_follow_the_numbers():
-    common = dict(curve=[(0, 3.0)], entropy=1.0, unfinished=0.0, step_ms=1.0, samples={})
-    runs = [
-        report.Run(lam=0.0, nll=2.0, td=9.0, self_bleu=4.0, length=10.0, **common),
-        report.Run(lam=0.1, nll=2.5, td=1.0, self_bleu=3.0, length=20.0, **common),
-    ]
-    facts = {"seed": 0, "parameters": 1_000_000, "held_out": 5}
-    words = "\n".join(report.read_the_numbers(runs, facts))
+    runs = two_runs()
+    words = "\n".join(report.read_the_numbers(runs, FACTS))
     assert "NLL: lowest with MLE (2.000), highest with IQLearn λ=0.1 (2.500)." in words
     assert "residual: lowest with IQLearn λ=0.1 (1.00), highest with MLE (9.00)." in words
-    assert "samples: lowest with MLE (10.0), highest with IQLearn λ=0.1 (20.0)." in words
-    assert "NLL: 2.000 with every loss." in report.read_the_numbers(runs[:1], facts)[0]
+    assert "samples: lowest with MLE (10.0), highest with IQLearn λ=0.1 (20.0); held-" in words
+    assert "held-out completions 12.0." in words
+    assert "compare losses of like length only" in words
+    assert "NLL: 2.000 with every loss." in report.read_the_numbers(runs[:1], FACTS)[0]
+
+
+def test_the_figure_shows_td_and_length_and_says_how_to_read_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figure.plt, "close", drawn.append)
+    figure.draw(two_runs(), FACTS, tmp_path / "report.png")
+    monkeypatch.undo()
+    (one,) = drawn
+    nll, td, _, length = one.axes
+    assert [list(line.get_ydata()) for line in td.lines] == [[20.0, 9.0], [20.0, 1.0]]
+    assert [list(line.get_ydata()) for line in nll.lines] == [[3.0, 2.0], [3.0, 2.5]]
+    words = [" ".join(text.get_text() for text in axes.texts) for axes in one.axes]
+    assert "10 tokens" in words[2] and "20 tokens" in words[2]  # beside each point
+    assert "12 tokens, 12 % cut" in words[3] and "20 tokens, 25 % cut" in words[3]
+    assert length.lines[0].get_xdata()[0] == 12.0  # held-out text, dashed
+    phrases = ("Lower is", "falls as λ", "like length only", "near the dashed line")
+    for phrase, panel in zip(phrases, words, strict=True):
+        assert phrase in panel
+    figure.plt.close(one)

@@ -5,6 +5,8 @@ between them is what that block prints, to the letter. A block after ``<!-- no-r
 ``<!-- no-run: why -->``, has to compile and no more.
 """
 
+import ast
+import builtins
 import contextlib
 import io
 import random
@@ -67,6 +69,40 @@ def test_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
             exec(code, namespace)
         if block.prints is not None:
             assert printed.getvalue() == block.prints, f"{name(page)}:{block.line}"
+
+
+@pytest.mark.parametrize("block", blocks(ROOT / "README.md"), ids=lambda b: f"line {b.line + 1}")
+def test_each_block_of_the_readme_stands_alone(block, tmp_path, monkeypatch):
+    """Whoever uses JAX copies the JAX block alone."""
+    monkeypatch.chdir(tmp_path)
+    if block.run:
+        exec(block.code, {"__name__": "alone"})
+    else:
+        assert imports_the_loss(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_first_block_brings_the_names_that_it_uses(page):
+    found = blocks(page)
+    if not found:
+        return  # docs/tpu.md has no code
+    tree = ast.parse(found[0].code)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    defined = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+    assert used <= defined, f"{name(page)}: {sorted(used - defined)}"
+    assert imports_the_loss(found[0])
+
+
+def imports_the_loss(block: Block) -> bool:
+    return re.search(r"^(from|import) irl_ops\b", block.code, re.MULTILINE) is not None
 
 
 def test_every_python_block_is_found():

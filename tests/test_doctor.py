@@ -1,8 +1,11 @@
 """``irl-ops doctor`` passes here, and fails where a kernel is wrong or missing."""
 
+import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -76,3 +79,56 @@ def test_an_unknown_command_is_refused(arguments, capsys):
         doctor.main(arguments)
     assert stop.value.code == 2
     assert "doctor" in capsys.readouterr().err
+
+
+def doctor_of_its_own(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "irl_ops.doctor", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "accepted"), [("IRL_OPS_BACKEND", "auto, pallas"), ("IRL_OPS_ISA", "baseline")]
+)
+def test_a_bad_variable_is_named(variable, accepted):
+    done = doctor_of_its_own("doctor", **{variable: "nonsense"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    (line,) = (x for x in lines if f"{variable} is 'nonsense'" in x)
+    assert accepted in line
+    assert lines[-1].split() == ["verdict", "FAILED"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, whose complaint of a missing TPU this is",
+)
+def test_a_libtpu_without_a_tpu_is_quiet():
+    """JAX is free to look for one; its plugins' words are in the JSON."""
+    environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "irl_ops.doctor", "doctor", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TPU" not in done.stderr and "Traceback" not in done.stderr
+    found = json.loads(done.stdout)
+    if "tpu" not in found["jax_backends"]["pallas"]:
+        assert any("TPU" in line for line in found["jax_messages"])
+
+
+def test_what_was_kept_is_said_after_an_error(capfd):
+    kept = []
+    with pytest.raises(RuntimeError, match="it broke"), doctor.stderr_kept(kept):
+        os.write(2, b"the reason\n")
+        raise RuntimeError("it broke")
+    assert "the reason" in capfd.readouterr().err and not kept

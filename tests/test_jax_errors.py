@@ -160,7 +160,7 @@ def test_a_backend_that_cannot_serve_says_why() -> None:
 
 def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IRL_OPS_BACKEND", "nothing")
-    with pytest.raises(ValueError, match="backend is 'nothing'; accepted"):
+    with pytest.raises(ValueError, match="IRL_OPS_BACKEND is 'nothing'; accepted"):
         irl.iqlearn_loss(LOGITS, LABELS)
     irl.iqlearn_loss(LOGITS, LABELS, backend="reference")  # overrides "auto" alone
     monkeypatch.setenv("IRL_OPS_BACKEND", "reference")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from irl_ops import _native
-from irl_ops.jax import callback, native
+from irl_ops.jax import callback, native, private
 from irl_ops.kernels import reference
 
 from .native_rows import DTYPES, EPS, Exact, close, decode, encode, logits_for
@@ -375,7 +375,7 @@ def test_targets_that_xla_would_refuse_are_not_registered(api, monkeypatch):
 
 def test_a_callback_is_not_partitioned(monkeypatch):
     let_call("python", monkeypatch)
-    monkeypatch.setattr(native, "device_count", lambda _: 2)
+    monkeypatch.setattr(private, "partitions", lambda _: 2)
     with pytest.raises(NotImplementedError, match="shard_map"):
         compiled(native.row_stats, np.zeros((2, 3), np.float32), np.zeros(2, np.int32))
 

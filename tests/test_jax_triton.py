@@ -78,7 +78,7 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "jax_triton" else found(name)
     )
-    assert "pip install irl-ops[jax-triton]" in triton.unavailable("cuda")
+    assert "pip install 'jax-triton>=0.3.1,<0.4'" in triton.unavailable("cuda")
 
 
 def test_labels_are_gathered_and_scattered_as_the_reference_does():

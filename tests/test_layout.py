@@ -59,8 +59,12 @@ UPPER = {
     ("pattern", "forbidden"),
     [
         ("irl_ops/__init__.py", FRAMEWORKS | {"numpy", "irl_ops"}),
-        ("irl_ops/algebra.py", FRAMEWORKS | {"numpy", "irl_ops"}),
+        ("irl_ops/algebra/*.py", FRAMEWORKS | {"numpy", "irl_ops.kernels"} | UPPER),
+        ("irl_ops/algebra/triton/*.py", (FRAMEWORKS - {"triton"}) | UPPER),
+        ("irl_ops/options.py", FRAMEWORKS | {"numpy"} | UPPER),
         ("irl_ops/arguments.py", FRAMEWORKS | {"numpy"} | UPPER),
+        ("irl_ops/terms.py", FRAMEWORKS | {"numpy"} | UPPER),
+        ("irl_ops/call.py", FRAMEWORKS | {"numpy"} | UPPER),
         ("irl_ops/schedules.py", FRAMEWORKS | {"irl_ops"}),
         ("irl_ops/reference.py", FRAMEWORKS | (UPPER - {"irl_ops.reference"})),
         ("irl_ops/torch/**/*.py", (FRAMEWORKS - {"torch", "triton"}) | (UPPER - {"irl_ops.torch"})),
@@ -100,6 +104,15 @@ def test_import_loads_no_more_than_it_needs(module, absent):
     loaded = set(done.stdout.split())
     assert "irl_ops" in loaded
     assert not loaded & absent
+
+
+def test_row_kernels_include_no_algebra():
+    """What knows of losses may include kernels, never the other way round."""
+    algebra = {path.name for path in (ROOT / "irl_ops/algebra/cpu").glob("*.h")}
+    assert algebra
+    for path in (ROOT / "kernels/cpu").iterdir():
+        included = set(re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8")))
+        assert not included & algebra, path
 
 
 def test_folder_kernels_does_not_hide_the_distribution_of_that_name():

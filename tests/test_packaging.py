@@ -1,5 +1,6 @@
 """The source distribution and the wheel built from it hold what users need, and nothing else."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -115,11 +116,82 @@ def test_constraints_are_exact_and_name_no_index():
     assert not [line for line in lines if not line.startswith("#") and not pin.fullmatch(line)]
 
 
+def test_no_page_and_no_message_installs_from_an_index_what_is_in_none():
+    """The package is in no index: `pip install irl-ops` would fetch what others might put there."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    files += [
+        p for folder in ("irl_ops", "kernels", "examples") for p in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    by_name = re.compile(r"pip install[^`\n]*irl[-_]ops")
+    allowed = "pip install . in a clone of irl_ops"
+    assert by_name.search("run pip install 'irl-ops[triton]'")
+    assert len(files) > 40
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not by_name.search(line.replace(allowed, "")), f"{path}: {line}"
+
+
+def test_the_oldest_versions_that_pages_and_messages_name_are_those_of_the_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [line for extra in project["optional-dependencies"].values() for line in extra]
+    oldest = dict(
+        found.groups() for line in lines if (found := re.match(r"([\w-]+)>=([\d.]+)", line))
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package, spelt in (
+        ("torch", "PyTorch"),
+        ("jax", "JAX"),
+        ("transformers", "Transformers"),
+        ("triton", "Triton"),
+    ):
+        assert f"{spelt} {oldest[package]} or newer" in readme
+    message = (ROOT / "irl_ops" / "torch" / "triton.py").read_text(encoding="utf-8")
+    assert f"pip install 'triton>={oldest['triton']}'" in message
+    message = (ROOT / "irl_ops" / "jax" / "triton.py").read_text(encoding="utf-8")
+    assert f"'triton>={oldest['triton']}'" in message
+    (jax_triton,) = {line.partition(";")[0] for line in lines if line.startswith("jax-triton")}
+    assert f"'{jax_triton}'" in message
+
+
 def test_pre_commit_runs_the_pinned_tools():
     text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     revisions = dict(re.findall(r"repo: \S+/(\S+)\n\s+rev: v(\S+)", text))
     assert revisions["ruff-pre-commit"] == pins()["ruff"]
     assert revisions["mirrors-clang-format"] == pins()["clang-format"]
+
+
+def planned(folder: Path, goals: str, stamp: str | None) -> str:
+    """What make would do for goals in a virtual environment that holds the extras of a stamp."""
+    venv = folder / "venv"
+    venv.mkdir()
+    if stamp:
+        (venv / ".ready").write_text(stamp + "\n")
+    command = ["make", "-n", *goals.split(), f"VENV={venv}"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("EXTRAS", "MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize(
+    ("goals", "stamp", "installed"),
+    [
+        ("demo", None, "demo"),
+        ("test", None, "demo,dev"),
+        ("demo test", None, "demo,dev"),
+        ("demo", "demo", None),
+        ("demo", "demo,dev", None),  # what is there suffices, and stays
+        ("test", "demo", "demo,dev"),
+        ("test", "cross,demo,dev", None),
+        ("test EXTRAS=demo,dev,cross", "demo,dev", "cross,demo,dev"),
+        ("demo EXTRAS=dev", "demo", "demo,dev"),
+    ],
+)
+def test_make_installs_what_is_missing_and_takes_nothing_away(goals, stamp, installed, tmp_path):
+    plan = planned(tmp_path, goals, stamp)
+    found = re.findall(r"pip install .*-e '\.\[(.*)\]'", plan)
+    assert found == ([installed] if installed else [])
+    assert re.findall(r"echo '(\S*)' > ", plan) == found  # the stamp says what is there
 
 
 def pins() -> dict[str, str]:

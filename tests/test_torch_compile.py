@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import irl_ops.torch as irl
@@ -268,3 +269,87 @@ def test_operators(backend: str, layout: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(ops.row_stats_grad_, arguments, test_utils=every)
     torch.library.opcheck(ops.set_label_, (logits, labels, row, backend), test_utils=every)
     torch.library.opcheck(ops.scale_, (logits, torch.tensor(0.5), backend), test_utils=every)
+
+
+ANNEALED: dict[str, list[Any]] = {
+    "lam": [0.1, 0.2, 0.3, 0.4],
+    "gamma": [0.5, 0.6, 0.7, 0.8],
+    "entropy_coef": [0.1, 0.2, 0.3, 0.4],
+    "z_loss": [0.1, 0.2, 0.3, 0.4],
+    "num_items": [5, 7, 9, 11],
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_over_numbers_and_shapes(
+    dynamic: bool | None, dtype: torch.dtype, inplace: bool
+) -> None:
+    """With default settings the compiler takes the first value of a number for a constant."""
+
+    def loss(logits: Tensor, labels: Tensor, numbers: dict[str, Any]) -> Any:
+        return irl.iqlearn_loss(logits * 1, labels, **numbers, inplace=inplace)
+
+    counter = CompileCounter()
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=dynamic)
+    for i in range(4):
+        logits, labels = torch.randn(2, 5 + i, V), torch.randint(V, (2, 5 + i))
+        leaf = logits.to(dtype).requires_grad_()
+        numbers = {name: values[i] for name, values in ANNEALED.items()}
+        actual, expected = compiled(leaf, labels, numbers), loss(leaf, labels, numbers)
+        torch.testing.assert_close(actual, expected, rtol=2**-20, atol=2**-20)
+        actual.backward()
+    assert counter.frame_count == (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("name", ["mle_loss", "online_iqlearn_loss", "token_stats", "tensors"])
+def test_one_graph_in_every_function(name: str) -> None:
+    expert = torch.tensor([True, False])
+
+    def run(logits: Tensor, labels: Tensor, x: Any) -> Any:
+        if name == "mle_loss":
+            return irl.mle_loss(logits, labels, entropy_coef=x)
+        if name == "online_iqlearn_loss":
+            return irl.online_iqlearn_loss(logits, labels, expert, alpha=x, num_items=(3, 4))
+        if name == "token_stats":
+            return irl.token_stats(logits, labels, gamma=x).reward.sum()
+        return irl.iqlearn_loss(logits, labels, lam=x, num_items=10 * x)
+
+    counter = CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    logits, labels = batch()
+    for x in (0.1, 0.2, 0.3, 0.4):
+        given = torch.tensor(x) if name == "tensors" else x
+        torch.testing.assert_close(
+            compiled(logits, labels, given), run(logits, labels, given), rtol=2**-20, atol=2**-20
+        )
+    assert counter.frame_count == (1 if name == "tensors" else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiler_makes_no_buffer_of_the_logits_size(dtype: torch.dtype) -> None:
+    """What is read and written is what the two operators read and write: 2 reads, 1 write."""
+    logits, labels = batch(dtype)
+
+    @torch.compile(fullgraph=True)
+    def loss(logits: Tensor) -> Any:
+        return 3 * irl.iqlearn_loss(logits, labels, entropy_coef=0.1)
+
+    _, codes = run_fw_bw_and_get_code(lambda: loss(logits))
+    assert len(codes) == 2  # forward and backward
+    made = "empty_strided_cpu((2, 5, 33)", "empty_strided((2, 5, 33)", "clone", "copy_("
+    for code in codes:
+        assert "irl_ops.row_" in code
+        body = code[code.index("def call(") :]
+        assert not [word for word in made if word in body], body
+
+
+def test_errors_keep_their_text() -> None:
+    logits, labels = batch()
+    for fullgraph in (True, False):
+        compiled = torch.compile(
+            lambda q: irl.iqlearn_loss(q, labels, lam=-1.0), fullgraph=fullgraph, backend="eager"
+        )
+        with pytest.raises(Exception, match=r"lam is -1\.0; accepted: \[0\.0, inf\)"):
+            compiled(logits)

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import io
+import pickle
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from transformers import (
 from irl_ops.integrations.transformers import (
     apply_iqlearn,
 )
-from irl_ops.integrations.transformers.model import segment_ids
+from irl_ops.integrations.transformers.forward import segment_ids
+from irl_ops.integrations.transformers.loss import BATCH_OPTIONS
 
 from .tiny_transformers import (
     DECODERS,
@@ -31,6 +34,7 @@ from .tiny_transformers import (
     naive_sum,
     parameters,
     t5,
+    train,
 )
 
 
@@ -144,7 +148,10 @@ def test_without_labels_nothing_changes(build):
     out = model(batch["input_ids"], attention_mask=batch["attention_mask"], **decode)
     assert out.loss is None and torch.equal(out.logits, logits)
     assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False), tokens)
-    assert inspect.signature(model.forward) == signature
+    now = inspect.signature(model.forward)
+    assert set(now.parameters) - set(signature.parameters) == set(BATCH_OPTIONS)
+    kept = [p for name, p in now.parameters.items() if name not in BATCH_OPTIONS]
+    assert now.replace(parameters=kept) == signature
     with pytest.raises(TypeError, match="input_ids"):
         model(batch["input_ids"], input_ids=batch["input_ids"])
 
@@ -183,6 +190,44 @@ def test_deepcopy_is_a_model_of_its_own(build):
     expected = naive_loss(copy.deepcopy(twin).double(), [batch], lam=0.0)
     close_loss(twin(**batch).loss, expected)
     assert torch.equal(model(**batch).loss, loss)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+@every_model
+def test_a_pickled_model_loads_with_its_loss(build, how):
+    model = apply_iqlearn(build(), **OPTIONS, eos_token_id=[2])
+    batch = collate(examples(model))
+    expected = model(**batch).loss
+    model.loss_function.reset()
+    if how == "pickle":
+        loaded = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, saved := io.BytesIO())
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=False)
+    assert loaded.forward.model is loaded and loaded.forward.loss is loaded.loss_function
+    assert torch.equal(loaded(**batch).loss, expected)
+    assert model.loss_function.drain("") == {} != loaded.loss_function.drain("")
+    tokens = [m.eval().generate(batch["input_ids"], max_new_tokens=3) for m in (model, loaded)]
+    assert torch.equal(*tokens)
+    close_loss(apply_iqlearn(loaded, lam=0.0)(**batch).loss, build()(**batch).loss)
+    loaded.forward = type(loaded).forward.__get__(loaded)
+    if not loaded.config.is_encoder_decoder:
+        with pytest.raises(RuntimeError, match="computes a loss of its own"):
+            loaded(**batch)
+
+
+def test_a_model_pickled_in_mixed_precision_asks_for_the_loss_again(tmp_path):
+    """Accelerate's wrapper is a closure; what is loaded for it is the forward of the class."""
+    model = apply_iqlearn(llama(), **OPTIONS)
+    data = examples(model)
+    train(model, data, tmp_path, bf16=True, learning_rate=0.0)
+    loaded = pickle.loads(pickle.dumps(model))
+    batch = collate(data)
+    with pytest.raises(RuntimeError, match="computes a loss of its own"):
+        loaded(**batch)
+    expected = naive_loss(copy.deepcopy(llama()).double(), [batch])
+    close_loss(apply_iqlearn(loaded, **OPTIONS)(**batch).loss, expected)
 
 
 @every_model

@@ -1,25 +1,33 @@
 """What would be silently wrong raises, and names the argument."""
 
+import copy
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BartForCausalLM,
     LlamaForSequenceClassification,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+import irl_ops.torch as irl
 from irl_ops.integrations.transformers import (
     IQLearnCallback,
     LamScheduleCallback,
     apply_iqlearn,
     iqlearn_loss_func,
 )
+from irl_ops.integrations.transformers.model import transformers_model
 from irl_ops.schedules import warmup_ramp
 
 from .tiny_transformers import (
@@ -28,10 +36,12 @@ from .tiny_transformers import (
     TOKENS,
     VOCAB,
     bart,
+    close_loss,
     collate,
     examples,
     llama,
     mixtral,
+    naive_loss,
     parameters,
     t5,
     train,
@@ -110,25 +120,77 @@ def test_label_smoothing_is_refused(with_callback, tmp_path):
         train(model, examples(model), tmp_path, callbacks=callbacks, label_smoothing_factor=0.3)
 
 
+def own_loss(model, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    """As of Liger and TRL: labels come in, and the loss is made of the backbone's hidden states."""
+    hidden = model.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
+    logits = model.get_output_embeddings()(hidden)
+    return {"loss": ForCausalLMLoss(logits, labels, VOCAB), "logits": logits}
+
+
+class ReplaceForward(TrainerCallback):
+    """Puts another forward in place, once training runs."""
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.saved = []
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == self.steps:
+            base = transformers_model(model)
+            base.forward = own_loss.__get__(base)
+            self.saved.append(parameters(model))
+
+
+@pytest.mark.parametrize("lora", [False, True, "first"])
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_loss_that_is_not_called_stops_the_training(steps, tmp_path):
-    model = apply_iqlearn(llama(), **OPTIONS)
+def test_labels_that_never_reach_the_loss_raise(steps, lora, tmp_path):
+    """Without any callback of ours."""
+    model, config = llama(), LoraConfig(r=2, target_modules=["q_proj"])
     data = examples(model)
-    saved = []
-
-    class Replace(TrainerCallback):
-        """Puts another forward and loss in place, as Liger and TRL do."""
-
-        def on_step_begin(self, args, state, control, model, **kwargs):
-            if state.global_step == steps:
-                model.forward = type(model).forward.__get__(model)
-                del model._loss_function
-                saved.append(parameters(model))
-
-    with pytest.raises(RuntimeError, match="IQLearn was not called in this step"):
-        train(model, data, tmp_path, callbacks=[IQLearnCallback(), Replace()], max_steps=3)
+    if lora == "first":
+        model = get_peft_model(model, config)
+    model = apply_iqlearn(model, **OPTIONS)
+    if lora is True:
+        model = get_peft_model(model, config)
+    replace = ReplaceForward(steps)
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM\.forward computes a loss of its own"):
+        train(model, data, tmp_path, callbacks=[replace], max_steps=3)
     for name, parameter in parameters(model).items():
-        assert torch.equal(parameter, saved[0][name])
+        assert torch.equal(parameter, replace.saved[0][name])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_replaced_forward_is_noticed_without_training(lora):
+    model = apply_iqlearn(llama(), **OPTIONS).eval()
+    batch = collate(examples(model))
+    expected = naive_loss(copy.deepcopy(llama()).double(), [batch])
+    outer = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if lora else model
+    forward = model.forward
+    model.forward = own_loss.__get__(model)
+    hidden = model.base_model(batch["input_ids"]).last_hidden_state  # nobody's loss
+    assert hidden.requires_grad
+    if not lora:  # PEFT calls the forward itself; only a backbone that trains then tells
+        with pytest.raises(RuntimeError, match="computes a loss of its own"):
+            model(**batch)
+    model.forward = forward
+    close_loss(outer(**batch).loss, expected)
+
+
+class NoLabels(Trainer):
+    """A Trainer with a loss of its own, which the model does not see."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return ForCausalLMLoss(model(**inputs).logits, labels, VOCAB)
+
+
+def test_a_loss_that_is_not_called_stops_the_training(tmp_path):
+    model = apply_iqlearn(llama(), **OPTIONS)
+    data, before = examples(model), parameters(model)
+    with pytest.raises(RuntimeError, match="IQLearn was not called in this step"):
+        train(model, data, tmp_path, callbacks=[IQLearnCallback()], trainer_class=NoLabels)
+    for name, parameter in parameters(model).items():
+        assert torch.equal(parameter, before[name])
 
 
 def test_the_callback_needs_a_loss(tmp_path):
@@ -139,6 +201,37 @@ def test_the_callback_needs_a_loss(tmp_path):
         IQLearnCallback(print)
     with pytest.raises(TypeError, match=r"lam=0\.1; accepted: the 0-d floating tensor"):
         LamScheduleCallback(0.1, warmup_ramp)
+
+
+def test_the_schedule_of_another_lam_is_refused(tmp_path):
+    lam, other = torch.tensor(0.1), torch.tensor(0.1)
+    schedule = partial(warmup_ramp, lam=0.1, warmup_steps=1)
+    model = apply_iqlearn(llama(), lam=lam)
+    data = examples(model)
+    for refused in (model, copy.deepcopy(model)):  # a copy has a lam of its own
+        given = other if refused is model else lam
+        with pytest.raises(ValueError, match="another tensor than the loss's: not the model's"):
+            train(refused, data, tmp_path, callbacks=[LamScheduleCallback(given, schedule)])
+    loss_func = iqlearn_loss_func(lam=lam)
+    with pytest.raises(ValueError, match=r"no iqlearn_loss_func\(...\) has it"):
+        train(
+            llama(),
+            data,
+            tmp_path,
+            callbacks=[LamScheduleCallback(other, schedule)],
+            loss_func=loss_func,
+        )
+    callbacks = [LamScheduleCallback(lam, schedule), IQLearnCallback(loss_func)]
+    trainer = train(llama(), data, tmp_path, callbacks=callbacks, loss_func=loss_func)
+    assert trainer.state.log_history[0]["lam"] == lam == 0.0
+
+
+def test_the_bare_loss_is_no_loss_func(tmp_path):
+    model = llama()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, compute_loss_func=irl.iqlearn_loss)
+    with pytest.raises(ValueError, match=r"accepted: iqlearn_loss_func\(\.\.\.\)"):
+        IQLearnCallback(iqlearn_loss_func()).attach(trainer)
 
 
 def test_data_parallel_and_split_sequences_are_refused(monkeypatch):

@@ -39,15 +39,15 @@ pytestmark = [
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def halves(vocab: int) -> dispatch.Resident:
-    """Two parts, the second no longer than the first, whatever the row's length."""
-    first = 1 << max(4, (vocab - 1).bit_length() - 1)
-    return dispatch.Resident(first, first, 4)
+def several(vocab: int) -> dispatch.Resident:
+    """In three to five parts where the row is long enough, else in two of which one is empty."""
+    lanes = 1 << max(7, (vocab - 1).bit_length() - 2)
+    return dispatch.Resident(lanes, max(2, -(-vocab // lanes)), 4)
 
 
 FORMS: dict[str, Callable[[int], Any]] = {
-    "one part": lambda vocab: dispatch.Resident(1 << max(4, (vocab - 1).bit_length()), 0, 4),
-    "two parts": halves,
+    "one part": lambda vocab: dispatch.Resident(1 << max(7, (vocab - 1).bit_length()), 1, 4),
+    "several parts": several,
     # small tiles, so that there are several, a last one, and rows shorter than one
     "two passes": lambda vocab: dispatch.Tiles(2, 32 if vocab < 5000 else 8192, 4),
 }
@@ -57,7 +57,7 @@ FORMS: dict[str, Callable[[int], Any]] = {
 def formed(form: str, block: int = 64) -> Iterator[None]:
     """The heavy kernel in this form, the statistics in tiles as small, and blocks as small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "row_stats_grad", lambda vocab, *_: FORMS[form](vocab))
+        patch.setattr(dispatch, "row_stats_grad", lambda vocab, *_, **__: FORMS[form](vocab))
         patch.setattr(dispatch, "row_stats", lambda vocab, _: FORMS["two passes"](vocab))
         patch.setattr(dispatch, "row_grad", lambda _: dispatch.Block(block, 4))
         yield

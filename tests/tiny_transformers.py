@@ -190,7 +190,17 @@ def reference_gradients(model, batches, **options):
 # -------------------------------------------------------------------------------------------------
 
 
-def train(model, data, tmp_path, *, callbacks=(), collator=collate, loss_func=None, **arguments):
+def train(
+    model,
+    data,
+    tmp_path,
+    *,
+    callbacks=(),
+    collator=collate,
+    loss_func=None,
+    trainer_class=Trainer,
+    **arguments,
+):
     defaults = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 2,
@@ -206,7 +216,7 @@ def train(model, data, tmp_path, *, callbacks=(), collator=collate, loss_func=No
         "disable_tqdm": True,
         "logging_steps": 1,
     }
-    trainer = Trainer(
+    trainer = trainer_class(
         model,
         TrainingArguments(**defaults | arguments),
         train_dataset=data,

@@ -41,24 +41,27 @@ def available_backends() -> tuple[str, ...]:
 
 
 def check_backend(name: str, logits: Any) -> str:
-    """``name``, or what the environment variable IRL_OPS_BACKEND says in the place of "auto".
+    """``name``, or what the environment variable IRL_OPS_BACKEND says in the place of "auto";
+    an empty one says nothing.
 
     Raises:
         ValueError: the backend is unknown, or cannot serve the device that holds the logits; says
             why. Of traced logits no device is known before the program is lowered.
     """
+    source = "backend"
     if name == "auto":
-        name = os.environ.get("IRL_OPS_BACKEND", "auto")
+        source, name = "IRL_OPS_BACKEND", os.environ.get("IRL_OPS_BACKEND") or "auto"
     if name == "auto":
         return name
     if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
-        raise ValueError(f"backend is {name!r}; accepted: {accepted}")
+        raise ValueError(f"{source} is {name!r}; accepted: {accepted}")
     if isinstance(logits, jax.Array) and not isinstance(logits, jax.core.Tracer):
         platform = next(iter(logits.devices())).platform
         reason = BACKENDS[name].unavailable(platform)
         if reason is not None:
-            raise ValueError(f"backend {name!r} cannot serve logits on {platform}: {reason}")
+            asked = "" if source == "backend" else f" (from {source})"
+            raise ValueError(f"backend {name!r}{asked} cannot serve logits on {platform}: {reason}")
     return name
 
 

@@ -17,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from irl_ops import _native
+from irl_ops.jax import private
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -91,10 +92,7 @@ def _lower(ctx: Any, *given: Any, name: str, out: tuple[Any, ...]) -> Any:
         _KERNELS[name](results, *arrays)
         return results
 
-    results, _, _ = mlir.emit_python_callback(
-        ctx, called, None, given, ctx.avals_in, ctx.avals_out, has_side_effect=False
-    )
-    return results
+    return private.emit_callback(ctx, called, given)
 
 
 _callback: Any = Primitive("irl_callback")

@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from typing import Literal, Unpack, overload
 
-from irl_ops import algebra
-from irl_ops.arguments import Boundary, Reduction
-from irl_ops.jax.arguments import arguments
-from irl_ops.jax.forward import Array, Loss, Scalar, loss_of
+import jax
+
+from irl_ops import terms
+from irl_ops.call import read_loss
+from irl_ops.jax.arguments import Array, arguments
+from irl_ops.jax.forward import Loss, loss_of
+from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, signature
 
 
+@overload
 def iqlearn_loss(
     logits: Array,
     labels: Array,
     *,
-    lam: Scalar = 0.1,
-    gamma: Scalar = 1.0,
-    entropy_coef: Scalar = 0.0,
-    ignore_index: int = -100,
-    where: Array | None = None,
-    shift: bool = False,
-    segment_ids: Array | None = None,
-    position_ids: Array | None = None,
-    cu_seqlens: Array | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    boundary: Boundary = "terminal",
-    truncated: Array | None = None,
-    token_weights: Array | None = None,
-    num_items: Scalar | None = None,
-    reduction: Reduction = "mean",
-    detach_next: bool = False,
-    next_values: Array | None = None,
-    values: Array | None = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[IQLearnOptions[Array]],
+) -> jax.Array: ...
+
+
+@overload
+def iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[IQLearnOptions[Array]],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@overload
+def iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    return_metrics: bool,
+    **options: Unpack[IQLearnOptions[Array]],
+) -> Loss: ...
+
+
+@signature(IQLearnOptions)
+def iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    *,
     return_metrics: bool = False,
-    inplace: bool = False,
-    backend: str = "auto",
+    **options: Unpack[IQLearnOptions[Array]],
 ) -> Loss:
     r"""Offline IQLearn: maximum likelihood with a temporal-difference penalty (Eq. 14).
 
     The logits are read as Q-values, V_t = logsumexp(q_t), and
 
-    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t
+    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t + \zeta V_t^2
               + \lambda\,(q_t[a_t] - \gamma V'_t)^2\right]
 
     with V' = V_{t+1} where row t bootstraps from the next row and 0 after a terminal token.
@@ -54,12 +68,15 @@ def iqlearn_loss(
 
     Args:
         logits: float32, bfloat16 or float16 ``[..., T, V]``. The gradient has the same dtype; all
-            arithmetic is float32.
+            arithmetic is float32. float64, with JAX's 64-bit types, is served by the backend
+            "reference" alone, in float64 throughout.
         labels: int32 or int64 ``[..., T]``; logits[t] scores labels[t].
         lam: weight of the TD term, 0 or more; a number or a 0-d array, which can be annealed
             without recompiling.
         gamma: discount in [0, 1]; a number or a 0-d array.
         entropy_coef: weight kappa of the entropy bonus; a number or a 0-d array.
+        z_loss: weight zeta of V_t^2 on labelled rows (PaLM's z-loss), 0 by default; a number or a
+            0-d array. It anchors the offset of the logits, which log pi does not see.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``; False says as well that the row carries no label. Applied after
             the shift.
@@ -68,12 +85,13 @@ def iqlearn_loss(
         segment_ids: integers ``[..., T]``, packed sequences: a row's next row has the same id.
         position_ids: integers ``[..., T]``, packed sequences: a segment starts wherever the
             position does not increase by one.
-        cu_seqlens: integers ``[S + 1]``, packed sequences, with logits ``[N, V]``.
+        cu_seqlens: integers ``[S + 1]``, packed sequences, offsets from 0 to N, with logits
+            ``[N, V]``.
         eos_token_id: token or tokens that end an episode: their rows have V' = 0, and all others
             bootstrap where a next row exists.
         boundary: what a labelled row without a labelled next row does when nothing else decides:
             "terminal" (V' = 0), "bootstrap" from the next row if one exists, or "drop" its TD term.
-        truncated: bool ``[...]`` or ``[..., T]``: the sequence was cut off there, not ended.
+        truncated: bool ``[...]`` (one per sequence) or ``[..., T]``: cut off there, not ended.
         token_weights: float ``[..., T]``, w_t; 1 by default.
         num_items: N for reduction "mean", e.g. the number of labels in all accumulated batches; a
             number or a 0-d array. By default the sum of w over the labelled rows.
@@ -83,7 +101,9 @@ def iqlearn_loss(
         values: float ``[..., T]``, a separate value head v (A.1.1): Q_t = v_t + log pi_t, V = v.
         return_metrics: also return a dict of 0-d float32 arrays without gradient: "nll", "value"
             and, where ``entropy_coef`` is not 0, "entropy" (means over labelled rows), "td" =
-            delta^2 and "reward" = delta (means over rows with a TD term), "tokens" (their count).
+            delta^2 and "reward" = delta (means over rows with a TD term), "accuracy" (no logit is
+            larger than the label's; mean over labelled rows), where ``z_loss`` is not 0 "z" = V^2,
+            and "tokens" (the count of labelled rows).
         inplace: the gradient is computed in the forward pass on every backend and for every dtype,
             also where it would wait for the backward pass: on TPUs, and for float16, which then is
             rounded before a loss scale reaches it. The storage of logits that nobody reads later is
@@ -96,141 +116,139 @@ def iqlearn_loss(
         ``(loss, metrics)``. N = 0 gives 0, with gradients of 0.
 
     Raises:
-        TypeError: a wrong dtype or type.
+        TypeError: a wrong dtype or type, or an unknown option.
         ValueError: a shape or option value that is not accepted, or a derivative by ``lam``,
-            ``gamma``, ``entropy_coef``, ``token_weights`` or ``num_items``.
+            ``gamma``, ``entropy_coef``, ``z_loss``, ``token_weights`` or ``num_items``. The values
+            of 0-d arrays and of ``cu_seqlens`` are looked at where they lie in this machine's
+            memory and are not traced.
         NotImplementedError: second derivatives. Forward-mode ones raise JAX's TypeError.
 
-        A label outside [0, V) other than ``ignore_index`` raises nothing: the loss is NaN.
+        A label outside [0, V) other than ``ignore_index`` raises nothing: the loss is NaN, as
+        it is with traced ``cu_seqlens`` that are no offsets.
 
     Example:
         >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
         >>> labels = jax.random.randint(jax.random.key(1), (2, 8), 0, 100)
         >>> loss, dlogits = jax.value_and_grad(iqlearn_loss)(logits, labels, lam=0.1)
     """
-    arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
-    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
-    return loss_of(
-        algebra.iqlearn_objective,
+    given = dict(options)
+    call = read_loss(
+        "iqlearn_loss",
+        IQLearnOptions,
+        arguments,
+        terms.iqlearn,
         logits,
         labels,
-        terms=dict(lam=lam, gamma=gamma),
-        sequence=dict(
-            ignore_index=ignore_index,
-            where=where,
-            shift=shift,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            eos_token_id=eos_token_id,
-            boundary=boundary,
-            truncated=truncated,
-        ),
-        entropy_coef=entropy_coef,
-        token_weights=token_weights,
-        num_items=num_items,
-        reduction=reduction,
-        detach_next=detach_next,
-        next_values=next_values,
-        values=values,
-        return_metrics=return_metrics,
-        inplace=inplace,
-        backend=backend,
+        given,
+        return_metrics,
     )
+    return loss_of(call, logits, labels)
 
 
+@overload
 def mle_loss(
     logits: Array,
     labels: Array,
     *,
-    entropy_coef: Scalar = 0.0,
-    ignore_index: int = -100,
-    where: Array | None = None,
-    shift: bool = False,
-    segment_ids: Array | None = None,
-    position_ids: Array | None = None,
-    cu_seqlens: Array | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    boundary: Boundary = "terminal",
-    truncated: Array | None = None,
-    token_weights: Array | None = None,
-    num_items: Scalar | None = None,
-    reduction: Reduction = "mean",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[MLEOptions[Array]],
+) -> jax.Array: ...
+
+
+@overload
+def mle_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[MLEOptions[Array]],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@overload
+def mle_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    return_metrics: bool,
+    **options: Unpack[MLEOptions[Array]],
+) -> Loss: ...
+
+
+@signature(MLEOptions)
+def mle_loss(
+    logits: Array,
+    labels: Array,
+    *,
     return_metrics: bool = False,
-    inplace: bool = False,
-    backend: str = "auto",
+    **options: Unpack[MLEOptions[Array]],
 ) -> Loss:
     r"""Maximum likelihood, with ``entropy_coef`` > 0 entropy-regularised (Eq. 18).
 
-    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t\right]
+    .. math:: L = \sum_t \frac{w_t}{N} \left[-\log \pi_t - \kappa H_t + \zeta V_t^2\right]
 
-    Arguments, result and errors are those of ``iqlearn_loss``, less the ones of the TD term. Those
-    that describe the sequences are all accepted, so that one call can be put for the other; here
-    the segments matter with ``shift=True`` (a label never crosses them), and ``eos_token_id``,
-    ``boundary`` and ``truncated`` change nothing.
+    Arguments, result and errors are those of ``iqlearn_loss``, without the options of the TD
+    term. Those that describe the sequences are all accepted, so that the two calls are
+    interchangeable; here the segments matter with ``shift=True`` (a label never crosses them), and
+    ``eos_token_id``, ``boundary`` and ``truncated`` change nothing.
 
     Example:
         >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
         >>> labels = jax.random.randint(jax.random.key(1), (2, 8), 0, 100)
         >>> dlogits = jax.grad(mle_loss)(logits, labels, entropy_coef=0.01)
     """
-    return loss_of(
-        algebra.mle_objective,
-        logits,
-        labels,
-        terms={},
-        sequence=dict(
-            ignore_index=ignore_index,
-            where=where,
-            shift=shift,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            eos_token_id=eos_token_id,
-            boundary=boundary,
-            truncated=truncated,
-        ),
-        entropy_coef=entropy_coef,
-        token_weights=token_weights,
-        num_items=num_items,
-        reduction=reduction,
-        return_metrics=return_metrics,
-        inplace=inplace,
-        backend=backend,
+    given = dict(options)
+    call = read_loss(
+        "mle_loss", MLEOptions, arguments, terms.mle, logits, labels, given, return_metrics
     )
+    return loss_of(call, logits, labels)
 
 
+@overload
 def online_iqlearn_loss(
     logits: Array,
     labels: Array,
     is_expert: Array,
     *,
-    alpha: Scalar = 0.1,
-    lam: Scalar = 0.1,
-    gamma: Scalar = 1.0,
-    entropy_coef: Scalar = 0.0,
-    ignore_index: int = -100,
-    where: Array | None = None,
-    shift: bool = False,
-    segment_ids: Array | None = None,
-    position_ids: Array | None = None,
-    cu_seqlens: Array | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    boundary: Boundary = "terminal",
-    truncated: Array | None = None,
-    token_weights: Array | None = None,
-    num_items: tuple[Scalar, Scalar] | None = None,
-    reduction: Reduction = "mean",
-    detach_next: bool = False,
-    next_values: Array | None = None,
-    values: Array | None = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[OnlineOptions[Array]],
+) -> jax.Array: ...
+
+
+@overload
+def online_iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[OnlineOptions[Array]],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@overload
+def online_iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    return_metrics: bool,
+    **options: Unpack[OnlineOptions[Array]],
+) -> Loss: ...
+
+
+@signature(OnlineOptions)
+def online_iqlearn_loss(
+    logits: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
     return_metrics: bool = False,
-    inplace: bool = False,
-    backend: str = "auto",
+    **options: Unpack[OnlineOptions[Array]],
 ) -> Loss:
     r"""Online IQLearn: expert and agent samples in one batch (Eqs. 15-17).
 
-    .. math:: L = \frac{1}{N_E} \sum_{t \in E} w_t \left[-\log \pi_t - \kappa H_t
+    .. math:: L = \frac{1}{N_E} \sum_{t \in E} w_t \left[-\log \pi_t - \kappa H_t + \zeta V_t^2
               + \tfrac{\lambda}{1-\alpha}\,\delta_t^2\right]
               + \frac{1}{N_B} \sum_{t \in B} w_t \tfrac{\lambda\alpha}{(1-\alpha)^2}\,\delta_t^2
 
@@ -240,11 +258,12 @@ def online_iqlearn_loss(
     Args:
         logits: ``[..., T, V]``.
         labels: ``[..., T]``.
-        is_expert: bool ``[...]`` (one a sequence) or ``[..., T]``.
+        is_expert: bool ``[...]`` (one per sequence) or ``[..., T]``.
         alpha: strength of the mix-in in [0, 1); a number or a 0-d array.
         lam: weight of the TD term.
         gamma: discount.
         entropy_coef: weight of the entropy bonus, on expert rows.
+        z_loss: weight of V_t^2, on expert rows.
         ignore_index: see ``iqlearn_loss``, as for all that follow.
         where: bool ``[..., T]``.
         shift: logits[t] scores labels[t + 1].
@@ -270,36 +289,16 @@ def online_iqlearn_loss(
         >>> is_expert = jnp.array([True, False])
         >>> dlogits = jax.grad(online_iqlearn_loss)(logits, labels, is_expert)
     """
-    arguments.check_scalar("alpha", alpha, logits, 0.0, 1.0, open_end=True)
-    arguments.check_scalar("lam", lam, logits, 0.0, math.inf)
-    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
-    arguments.check_pair(num_items)
-    arguments.check_logits(logits, labels)
-    arguments.check_flags("is_expert", is_expert, labels)
-    return loss_of(
-        algebra.online_iqlearn_objective,
+    given = dict(options)
+    call = read_loss(
+        "online_iqlearn_loss",
+        OnlineOptions,
+        arguments,
+        terms.online_iqlearn,
         logits,
         labels,
-        terms=dict(is_expert=is_expert, alpha=alpha, lam=lam, gamma=gamma),
-        sequence=dict(
-            ignore_index=ignore_index,
-            where=where,
-            shift=shift,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            eos_token_id=eos_token_id,
-            boundary=boundary,
-            truncated=truncated,
-        ),
-        entropy_coef=entropy_coef,
-        token_weights=token_weights,
-        num_items=None if num_items is None else tuple(num_items),
-        reduction=reduction,
-        detach_next=detach_next,
-        next_values=next_values,
-        values=values,
-        return_metrics=return_metrics,
-        inplace=inplace,
-        backend=backend,
+        given,
+        return_metrics,
+        is_expert,
     )
+    return loss_of(call, logits, labels)

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from irl_ops.jax.operation import Function, array_like, device_count, operation, vector_like
+from irl_ops.jax import private
+from irl_ops.jax.operation import Function, array_like, operation, vector_like
 from irl_ops.kernels import reference
 
 try:
@@ -31,8 +32,15 @@ else:
 def unavailable(platform: str) -> str | None:
     """Why this backend cannot serve ``platform``, or None."""
     if _import_error is not None:
-        return f"the extension irl_ops._native does not load ({_import_error}); run pip install ."
-    return None if platform == "cpu" else "the C++ kernels run on the CPU"
+        return (
+            f"the extension irl_ops._native does not load ({_import_error}); "
+            "run pip install . in a clone of irl_ops"
+        )
+    if platform != "cpu":
+        return "the C++ kernels run on the CPU"
+    if private.missing() is None and not called_by_xla():
+        return private.callback_missing()
+    return private.missing()
 
 
 # --- What an operation becomes: a call from XLA, or a call through Python ---
@@ -99,7 +107,7 @@ def _running_api() -> tuple[int, int]:
 
 def _operation(plain: Function, run: Function) -> Function:
     def choose(ctx: Any) -> Function:
-        if device_count(ctx) > 1 and not called_by_xla():
+        if private.partitions(ctx) > 1 and not called_by_xla():
             raise NotImplementedError(
                 "XLA cannot call this build of irl_ops._native itself, and JAX cannot partition a "
                 "callback over devices; accepted: shard_map, backend='reference', or a build with "

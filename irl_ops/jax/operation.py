@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import dispatch  # has no public name; custom_partitioning's own primitive is in it
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
+
+from irl_ops.jax import private
 
 Function = Callable[..., Any]
 
@@ -32,7 +33,12 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Function:
             is chosen, XLA partitions it as it sees fit.
         **chosen: by platform, the function to lower, given jax's context of the lowering. It takes
             the same arrays, those that are not None.
+
+    Raises:
+        NotImplementedError: when it is called, where JAX lacks what operations are made with.
     """
+    if private.missing() is not None:
+        return functools.wraps(plain)(_refused)
     made: Any = Primitive("irl_" + plain.__name__.strip("_"))
     made.multiple_results = True
 
@@ -57,27 +63,27 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Function:
     def lower(choose: Callable[[Any], Function], ctx: Any, *given: Any, **static: Any) -> Any:
         kernel = choose(ctx)
         run: Function = functools.partial(_listed, kernel, **static)
-        if device_count(ctx) > 1 and kernel is not plain:
+        if private.partitions(ctx) > 1 and kernel is not plain:
             run = _by_rows(run, [x.ndim for x in ctx.avals_in], [x.ndim for x in ctx.avals_out])
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
     def refuse(ctx: Any, *_: Any, **__: Any) -> Any:
         raise ValueError(
             f"{made.name} has kernels for {', '.join(chosen)}, and the program is lowered for "
-            f"{', '.join(ctx.module_context.platforms)}; accepted: backend='auto' or 'reference'"
+            f"{', '.join(private.platforms(ctx))}; accepted: backend='auto' or 'reference'"
         )
 
     made.def_abstract_eval(types)
     made.def_impl(eager)
     batching.primitive_batchers[made] = batched
-    dispatch.prim_requires_devices_during_lowering.add(made)
+    private.lower_with_devices(made)
     mlir.register_lowering(made, refuse)
     for platform, choose in chosen.items():
         mlir.register_lowering(made, functools.partial(lower, choose), platform=platform)
     names = list(inspect.signature(plain).parameters)
 
     @functools.wraps(plain)
-    def bound(*given: Any, **static: bool) -> Any:
+    def bound(*given: Any, **static: Any) -> Any:
         static |= {n: x for n, x in zip(names, given, strict=False) if isinstance(x, bool)}
         arrays = [x for x in given if x is not None and not isinstance(x, bool)]
         results = jax.eval_shape(functools.partial(plain, **static), *arrays)  # None among them
@@ -91,18 +97,14 @@ def device(ctx: Any, platform: str) -> Any:
 
     Of a topology that is compiled for ahead of time, its first.
     """
-    backend = ctx.module_context.backend
-    if backend is None or backend.platform != platform:
+    client = private.client(ctx)
+    if client is None or client.platform != platform:
         return None
-    return backend.devices()[0]
+    return client.devices()[0]
 
 
-def device_count(ctx: Any) -> int:
-    """How many devices XLA partitions the program for; 1 inside ``shard_map``, and if unknown."""
-    axes = ctx.module_context.axis_context
-    if getattr(axes, "manual_axes", None):
-        return 1
-    return getattr(axes, "num_devices", None) or 1
+def _refused(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(f"{private.missing()}; accepted: backend='reference'")
 
 
 def _by_rows(run: Function, given: list[int], out: list[int]) -> Function:

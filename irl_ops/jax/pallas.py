@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax.operation import Function, device, device_count, operation
+from irl_ops.jax import private
+from irl_ops.jax.operation import Function, device, operation
 from irl_ops.kernels import reference
 from irl_ops.kernels.pallas.generations import (
     GENERATIONS,
@@ -36,7 +37,7 @@ LANES = 128
 def unavailable(platform: str) -> str | None:
     """Why this backend cannot serve ``platform``, or None."""
     if platform in ("tpu", "cpu"):
-        return None
+        return private.missing()
     return "the Pallas kernels are compiled for TPUs, and interpreted on a CPU"
 
 
@@ -101,7 +102,7 @@ def _widened(logits: jax.Array) -> jax.Array:
 
 def _operation(plain: Function, kernel: Callable[[Generation, bool], Function]) -> Function:
     def compiled(ctx: Any) -> Function:
-        if ctx.avals_in[0].shape[-1] % LANES or device_count(ctx) > 1:
+        if ctx.avals_in[0].shape[-1] % LANES or private.partitions(ctx) > 1:
             return plain
         target = device(ctx, "tpu")
         return kernel(SMALLEST if target is None else generation(target.device_kind), False)

@@ -24,10 +24,9 @@ AT_ONCE = ("triton", "native")
 
 
 class Static(NamedTuple):
-    """What a program is made for; ``entropy`` and ``metrics``: whether they are wanted."""
+    """What a program is made for; ``metrics``: whether they are wanted."""
 
     detach_next: bool
-    entropy: bool
     metrics: bool
     inplace: bool
     backend: str
@@ -40,9 +39,9 @@ class Static(NamedTuple):
         """
         return self.inplace or (name in AT_ONCE and dtype != jnp.float16)
 
-    def objective(self, weights: algebra.Objective) -> algebra.Objective:
-        """The weights with the number 0 for an entropy coefficient that is 0 for good."""
-        return weights if self.entropy else weights._replace(entropy_coef=0.0)
+    def heads(self, given: Given) -> algebra.Heads:
+        """The record, whose arrays are differentiated by apart from its switch."""
+        return algebra.Heads(*given, self.detach_next)
 
 
 class Kept(NamedTuple):
@@ -57,7 +56,7 @@ class Kept(NamedTuple):
     dnext_values: jax.Array | None
 
 
-Heads = tuple[jax.Array | None, jax.Array | None]  # values and next_values
+Given = tuple[jax.Array | None, jax.Array | None]  # values and next_values
 Metrics = dict[str, jax.Array] | None
 
 
@@ -65,34 +64,30 @@ Metrics = dict[str, jax.Array] | None
 def scalar_loss(
     static: Static,
     logits: jax.Array,
-    heads: Heads,
+    given: Given,
     rows: algebra.Rows,
-    weights: algebra.Objective,
+    loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics]:
-    """The loss, differentiable by logits and heads, and the metrics, which are constants."""
-    loss = static.objective(weights)
-    stats = statistics(logits, rows, static.entropy, static.backend)
-    values, next_values = heads
-    step = algebra.transition(
-        jnp, rows.kind, stats, loss.gamma, next_values=next_values, values=values
-    )
-    total = jnp.sum(algebra.row_losses(jnp, loss, stats, step.reward))
+    """The loss, differentiable by logits and values, and the metrics, which are constants."""
+    stats = statistics(logits, rows, loss.entropy_coef is not None, static.backend)
+    step = transition(rows, stats, loss.gamma, static.heads(given))
+    total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     return total, _metrics(static, rows, loss, stats, step)
 
 
 def _forward(
     static: Static,
     logits: jax.Array,
-    heads: Heads,
+    given: Given,
     rows: algebra.Rows,
-    weights: algebra.Objective,
+    loss: algebra.Objective,
 ) -> tuple[tuple[jax.Array, Metrics], Kept]:
     def by(name: str) -> Any:
         run = _at_once if static.at_once(name, logits.dtype) else _in_two_steps
         return functools.partial(run, static, name)
 
     logits = differentiable.once(logits)
-    total, metrics, kept = dispatch(static.backend, by, logits, heads, rows, weights)
+    total, metrics, kept = dispatch(static.backend, by, logits, given, rows, loss)
     return (total, metrics), kept
 
 
@@ -100,86 +95,66 @@ def _at_once(
     static: Static,
     name: str,
     logits: jax.Array,
-    heads: Heads,
+    given: Given,
     rows: algebra.Rows,
-    weights: algebra.Objective,
+    loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics, Kept]:
-    loss = static.objective(weights)
-    values, next_values = heads
-    out = algebra.single_pass(
-        jnp,
-        Ordered(BACKENDS[name]),
-        logits,
-        rows,
-        loss,
-        next_values=next_values,
-        values=values,
-        detach_next=static.detach_next,
-    )
-    nothing = jnp.zeros_like(out.stats.value)
+    over = Dense(BACKENDS[name], logits)
+    out = algebra.loss_and_grad(jnp, over, rows, loss, static.heads(given))
+    nothing = jnp.zeros_like(out.done.stats.value)
     kept = Kept(
-        out.dlogits, rows.labels, nothing, nothing, (nothing,) * 3, out.dvalues, out.dnext_values
+        out.gradient, rows.labels, nothing, nothing, (nothing,) * 3, out.dvalues, out.dnext_values
     )
-    return out.loss, _metrics(static, rows, loss, out.stats, out.step), kept
+    return out.loss, out.metrics if static.metrics else None, kept
 
 
-class Ordered:
-    """Row kernels that look at the labels' logits before the gradient may take their storage.
+class Dense:
+    """The pass over whole logits, which looks at the labels' before the gradient takes their place.
 
     Where the gradient does not depend on them, as that of MLE, XLA would look afterwards, and copy
     the logits to be able to. A sum with zeros that it cannot foresee makes the gradient depend on
     them; it takes optimization barriers away before it orders its steps.
     """
 
-    def __init__(self, kernels: ModuleType) -> None:
-        self.kernels = kernels
-        self.set_label = kernels.set_label
+    def __init__(self, kernels: ModuleType, logits: jax.Array) -> None:
+        self.kernels, self.logits = kernels, logits
 
-    def label_logit(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def label_logit(self, labels: jax.Array) -> jax.Array:
         """``q[label]``, and a note of it."""
-        picked: jax.Array = self.kernels.label_logit(logits, labels)
-        self.picked = picked
-        return picked
+        self.picked: jax.Array = self.kernels.label_logit(self.logits, labels)
+        return self.picked
 
-    def row_stats_grad(
-        self, logits: jax.Array, alpha: jax.Array, *weights: jax.Array | None
-    ) -> tuple[Any, ...]:
-        """Afterwards."""
+    def stats_grad(
+        self, labels: jax.Array, given: algebra.Coefficients, finish: algebra.Finish
+    ) -> tuple[jax.Array, algebra.Finished]:
+        """The gradient, and what was finished, in one window."""
         zeros = 0.0 * jnp.where(jnp.isfinite(self.picked), self.picked, 0.0)
-        alpha = alpha + zeros
-        stats_and_gradient: tuple[Any, ...] = self.kernels.row_stats_grad(logits, alpha, *weights)
-        return stats_and_gradient
+        given = given._replace(alpha=given.alpha + zeros)
+        row_max, logsum, entropy, dlogits = self.kernels.row_stats_grad(self.logits, *given)
+        done = finish(lambda x: x, row_max, logsum, self.picked, entropy, 0.0)
+        return self.kernels.set_label(dlogits, labels, done.element), done
 
 
 def _in_two_steps(
     static: Static,
     name: str,
     logits: jax.Array,
-    heads: Heads,
+    given: Given,
     rows: algebra.Rows,
-    weights: algebra.Objective,
+    loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics, Kept]:
-    loss = static.objective(weights)
-    row_max, logsum, label_logit, h = BACKENDS[name].row_stats(logits, rows.labels, static.entropy)
+    with_entropy = loss.entropy_coef is not None
+    row_max, logsum, label_logit, h = BACKENDS[name].row_stats(logits, rows.labels, with_entropy)
 
     def of_statistics(
-        logsum: jax.Array, label_logit: jax.Array, h: jax.Array | None, heads: Heads
+        logsum: jax.Array, label_logit: jax.Array, h: jax.Array | None, given: Given
     ) -> tuple[jax.Array, tuple[algebra.Statistics, algebra.Transition]]:
         stats = algebra.statistics(jnp, rows.labels, row_max, logsum, label_logit, h)
-        values, next_values = heads
-        step = algebra.transition(
-            jnp,
-            rows.kind,
-            stats,
-            loss.gamma,
-            next_values=next_values,
-            values=values,
-            stop_gradient=jax.lax.stop_gradient if static.detach_next else None,
-        )
-        return jnp.sum(algebra.row_losses(jnp, loss, stats, step.reward)), (stats, step)
+        step = transition(rows, stats, loss.gamma, static.heads(given))
+        return jnp.sum(algebra.row_losses(jnp, loss, stats, step)), (stats, step)
 
     gradient = jax.value_and_grad(of_statistics, argnums=(0, 1, 2, 3), has_aux=True)
-    (total, (stats, step)), above = gradient(logsum, label_logit, h, heads)
+    (total, (stats, step)), above = gradient(logsum, label_logit, h, given)
     dlogsum, dlabel_logit, dh, (dvalues, dnext_values) = above
     coefficients = differentiable.row_coefficients(h, dlogsum, dlabel_logit, dh)
     kept = Kept(logits, rows.labels, row_max, logsum, coefficients, dvalues, dnext_values)
@@ -219,6 +194,14 @@ def statistics(
     return algebra.statistics(
         jnp, rows.labels, *differentiable.row_stats(logits, rows.labels, entropy, backend)
     )
+
+
+def transition(
+    rows: algebra.Rows, stats: algebra.Statistics, gamma: jax.Array, heads: algebra.Heads
+) -> algebra.Transition:
+    """The TD residual and what it is made of, differentiable."""
+    stop = jax.lax.stop_gradient if heads.detach_next else None
+    return algebra.transition(jnp, rows.kind, stats, gamma, heads, stop_gradient=stop)
 
 
 def _metrics(

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from irl_ops.arguments import Boundary
-from irl_ops.jax.arguments import arguments
-from irl_ops.jax.backends import check_backend
-from irl_ops.jax.forward import Array, Scalar, Sequences, prepare, rows_of, transition
-from irl_ops.jax.rows import constant
-from irl_ops.jax.scalar_loss import statistics
+from irl_ops.call import read_stats
+from irl_ops.jax.arguments import Array, arguments
+from irl_ops.jax.program import computed_in, heads_of, join, part, rows_of
+from irl_ops.jax.scalar_loss import statistics, transition
+from irl_ops.options import StatsOptions, signature
 
 
 class TokenStats(NamedTuple):
     """Statistics of every row; float32 arrays of the labels' shape, differentiable.
+
+    Those of float64 logits are float64.
 
     Attributes:
         value: V_t = logsumexp(q_t), or the given ``values``. For every row.
@@ -27,6 +27,7 @@ class TokenStats(NamedTuple):
         reward: delta_t = q_t[a_t] - gamma V'_t; 0 in NO_TD and IGNORED rows.
         next_value: V'_t; 0 unless the row bootstraps.
         kind: int8, one of IGNORED, TERMINAL, BOOTSTRAP, NO_TD of ``irl_ops.algebra``.
+        correct: bool, whether no logit is larger than the label's; False in IGNORED rows.
     """
 
     value: jax.Array
@@ -35,28 +36,11 @@ class TokenStats(NamedTuple):
     reward: jax.Array
     next_value: jax.Array
     kind: jax.Array
+    correct: jax.Array
 
 
-def token_stats(
-    logits: Array,
-    labels: Array,
-    *,
-    gamma: Scalar = 1.0,
-    ignore_index: int = -100,
-    where: Array | None = None,
-    shift: bool = False,
-    segment_ids: Array | None = None,
-    position_ids: Array | None = None,
-    cu_seqlens: Array | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    boundary: Boundary = "terminal",
-    truncated: Array | None = None,
-    detach_next: bool = False,
-    next_values: Array | None = None,
-    values: Array | None = None,
-    entropy: bool = True,
-    backend: str = "auto",
-) -> TokenStats:
+@signature(StatsOptions)
+def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Array]]) -> TokenStats:
     r"""Value, log-likelihood, entropy and extracted reward of every row (Sec. 3.4).
 
     .. math:: r_t = q_t[a_t] - \gamma V'_t
@@ -96,49 +80,24 @@ def token_stats(
         >>> stats.reward.shape
         (2, 8)
     """
-    arguments.check_scalar("gamma", gamma, logits, 0.0, 1.0)
-    arguments.check_switches(detach_next=detach_next, entropy=entropy)
-    sequences, markers = prepare(
-        logits,
-        labels,
-        dict(
-            ignore_index=ignore_index,
-            where=where,
-            shift=shift,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            eos_token_id=eos_token_id,
-            boundary=boundary,
-            truncated=truncated,
-        ),
-    )
-    arguments.check_values(labels, next_values=next_values, values=values)
-    backend = check_backend(backend, logits)
-    heads = values, next_values
-    stats: TokenStats = _run(
-        sequences, detach_next, entropy, backend, logits, labels, markers, heads, gamma
-    )
+    call = read_stats("token_stats", StatsOptions, arguments, logits, labels, dict(options))
+    static, traced = part(call, logits)
+    stats: TokenStats = _run(static, logits, labels, traced)
     return stats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(
-    sequences: Sequences,
-    detach_next: bool,
-    entropy: bool,
-    backend: str,
-    logits: jax.Array,
-    labels: jax.Array,
-    markers: dict[str, Any],
-    heads: tuple[jax.Array | None, jax.Array | None],
-    gamma: jax.Array,
-) -> TokenStats:
-    rows = rows_of(labels, logits.shape[-1], sequences, markers)
-    stats = statistics(logits, rows, entropy, backend)
-    gamma = constant("gamma", jnp.asarray(gamma, jnp.float32))
-    values, next_values = (None if x is None else x.astype(jnp.float32) for x in heads)
-    step = transition(rows, stats, gamma, detach_next, values, next_values)
+@functools.partial(jax.jit, static_argnums=0)
+def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> TokenStats:
+    call, dtype = join(static, traced), computed_in(logits)
+    rows = rows_of(labels, logits.shape[-1], call.sequence)
+    stats = statistics(logits, rows, call.entropy, call.backend)
+    step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
     return TokenStats(
-        step.value, stats.logprob, stats.entropy, step.reward, step.next_value, rows.kind
+        step.value,
+        stats.logprob,
+        stats.entropy,
+        step.reward,
+        step.next_value,
+        rows.kind,
+        stats.correct,
     )

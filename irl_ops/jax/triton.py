@@ -20,11 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from irl_ops.jax import private
 from irl_ops.jax.operation import Function, array_like, device, operation, vector_like
 from irl_ops.kernels import reference
 from irl_ops.kernels.triton import dispatch
 
-WANTED = "jax-triton >= 0.3.1, < 0.4; run pip install irl-ops[jax-triton]"
+WANTED = (
+    "jax-triton >= 0.3.1, < 0.4; run pip install 'jax-triton>=0.3.1,<0.4' 'triton>=3.6' absl-py"
+)
 
 
 def unavailable(platform: str) -> str | None:
@@ -38,8 +41,8 @@ def unavailable(platform: str) -> str | None:
     if not (0, 3, 1) <= tuple(int(part) for part in version.split(".")[:3]) < (0, 4):
         return f"jax-triton is {version}; it needs {WANTED}"
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
-        return "JAX has no CUDA plugin, which jax-triton needs; run pip install jax[cuda12]"
-    return None
+        return "JAX has no CUDA plugin, which jax-triton needs; run pip install 'jax[cuda12]'"
+    return private.missing()
 
 
 def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -56,7 +59,8 @@ def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax
     rows = dlogits.reshape(-1, vocab)
     column = jnp.where(labels < 0, vocab, labels).reshape(-1)
     values = elements.astype(dlogits.dtype).reshape(-1)
-    return rows.at[jnp.arange(len(rows)), column].set(values, mode="drop").reshape(dlogits.shape)
+    places = rows.at[jnp.arange(len(rows)), column]  # one per row, so that no order is needed
+    return places.set(values, mode="drop", unique_indices=True).reshape(dlogits.shape)
 
 
 # --- What an operation becomes for a compute capability; jax-triton puts results behind inputs ---
@@ -131,7 +135,8 @@ def _call(
     kernel = getattr(importlib.import_module(f"irl_ops.kernels.triton.{module}"), function)
     made: tuple[jax.Array, ...] = jax_triton.triton_call(
         q, *given, kernel=kernel, out_shape=tuple(out), grid=grid, name=f"irl_{function}",
-        compute_capability=capability, input_output_aliases=aliases, **launch,
+        compute_capability=capability, input_output_aliases=aliases,
+        SCALE=1.0, SOFTCAP=0.0, **launch,  # jax-triton knows no defaults
     )  # fmt: skip
     return made
 
@@ -152,7 +157,9 @@ def _capability(ctx: Any) -> int:
 
 @functools.cache
 def _family(capability: int) -> str:
-    return dispatch.family("cuda", capability, importlib.metadata.version("triton"))
+    import triton  # its own word: packages' metadata may be of another one on the path
+
+    return dispatch.family("cuda", capability, triton.__version__)
 
 
 def _rows(q: jax.Array) -> int:

@@ -10,6 +10,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from irl_ops.algebra import Heads, Sequence
 from irl_ops.arguments import Arguments
+from irl_ops.torch.private import differentiated_by_func
 
 
 class TorchArguments(Arguments):
@@ -43,7 +44,7 @@ class TorchArguments(Arguments):
         super().check_logits(logits, labels)
         if torch.compiler.is_compiling():
             return
-        if torch._C._functorch.is_gradtrackingtensor(logits):
+        if differentiated_by_func(logits):
             raise RuntimeError(
                 "irl_ops: torch.func transforms (grad, vjp, jvp, jacrev) are not implemented; use "
                 "loss.backward() or torch.autograd.grad"

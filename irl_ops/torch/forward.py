@@ -12,7 +12,7 @@ from irl_ops.torch import traced
 from irl_ops.torch.arguments import arguments, is_wrapped
 from irl_ops.torch.backends import choose
 from irl_ops.torch.gradients import AtOnce, Later
-from irl_ops.torch.whole import WHOLE
+from irl_ops.torch.whole import loss_by
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
@@ -38,7 +38,7 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
         return traced.loss_of(call, logits, labels, backend)
     box: list[Any] = []
     if not differentiable:
-        outcome = WHOLE[backend](call, logits, labels, None, None)
+        outcome = loss_by(backend)(call, logits, labels, None, None)
         loss, metrics = outcome.loss, outcome.metrics
     else:
         single = call.weighting.reduction != "none" and logits.requires_grad

@@ -11,7 +11,7 @@ from irl_ops.call import Call
 from irl_ops.torch import pool
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
-from irl_ops.torch.whole import WHOLE
+from irl_ops.torch.whole import loss_by
 
 
 class AtOnce(torch.autograd.Function):
@@ -35,7 +35,7 @@ class AtOnce(torch.autograd.Function):
         """The loss; the metrics go into ``box``."""
         logits = logits.detach()
         dlogits = logits if inplace else pool.empty_like(logits)
-        outcome = WHOLE[backend](call, logits, labels, dlogits, None)
+        outcome = loss_by(backend)(call, logits, labels, dlogits, None)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits, outcome.dvalues, outcome.dnext_values)
@@ -73,7 +73,7 @@ class Later(torch.autograd.Function):
         box: list[Any],
     ) -> Tensor:
         """The loss; the metrics go into ``box``."""
-        outcome = WHOLE[backend](call, logits, labels, None, None)
+        outcome = loss_by(backend)(call, logits, labels, None, None)
         # an alias, since the caller's own tensor is poisoned where the gradient takes its storage
         kept = logits.detach() if inplace else logits
         ctx.save_for_backward(kept, values, next_values, labels)
@@ -92,7 +92,7 @@ class Later(torch.autograd.Function):
         dlogits = logits if ctx.inplace else pool.empty_like(logits)
         heads = ctx.call.heads._replace(values=values, next_values=next_values)
         call = ctx.call._replace(heads=heads, metrics=False)
-        outcome = WHOLE[ctx.backend](call, logits, labels, dlogits, dloss)
+        outcome = loss_by(ctx.backend)(call, logits, labels, dlogits, dloss)
         if ctx.inplace:
             ctx.handed_over = True
             torch.autograd.graph.increment_version(logits)

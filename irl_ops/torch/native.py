@@ -36,7 +36,10 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot serve ``device``, or None."""
     if _import_error is not None:
-        return f"the extension irl_ops._native does not load ({_import_error}); run pip install ."
+        return (
+            f"the extension irl_ops._native does not load ({_import_error}); "
+            "run pip install . in a clone of irl_ops"
+        )
     return None if device.type == "cpu" else "the C++ kernels run on the CPU"
 
 

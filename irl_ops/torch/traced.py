@@ -16,7 +16,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.call import Call
 from irl_ops.torch import ops
-from irl_ops.torch.plain_loss import heads_in, in_dtype
+from irl_ops.torch.stepwise import heads_in, in_dtype
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 

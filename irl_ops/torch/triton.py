@@ -27,7 +27,7 @@ GROUP_BYTES = 16
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot serve ``device``, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; run pip install irl-ops[triton]"
+        return "Triton is not installed; run pip install 'triton>=3.6'"
     if device.type in DEVICES or (device.type == "cpu" and interpreted()):
         return None
     if device.type == "cpu":
@@ -125,7 +125,7 @@ def launch_row_stats_grad(logits: Tensor, dlogits: Tensor, *vectors: Tensor | No
     """``vectors``: alpha, beta, entropy_weight; row_max, logsum, entropy."""
     entropy, family = vectors[-1] is not None, _family(logits.device)
     for q, d, a, b, w, *out in planes((logits, dlogits), *vectors):
-        form = dispatch.row_stats_grad(q.shape[-1], q.itemsize, entropy, family)
+        form = dispatch.row_stats_grad(q.shape[-1], q.itemsize, entropy, family, _matched(q, d))
         name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
         _kernel(name, "row_stats_grad")[(_rows(q),)](
             q, a, b, w, *_sizes(q), *_strides(q), *_strides(d), *out, d,

@@ -4,6 +4,11 @@ NumPy, torch or JAX arrays come in and go out. float64 logits are computed in fl
 float32. Traffic is not the aim here: every step is a pass of its own over ``[..., T, V]``.
 
 A label below 0 means "no label"; one of V or more is bad, its logit is NaN and nothing is written.
+
+All of it is about q = softcap tanh(logit_scale x / softcap), x being the logits that are given, or
+q = logit_scale x without a soft cap: statistics are those of q, and gradients are multiplied by
+dq/dx = logit_scale (1 - (q / softcap)^2). A logit of -inf stays -inf under a cap, which gives no
+mass to what is masked, and has the slope 0. Both are plain numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +21,12 @@ Array = Any
 
 
 def row_stats(
-    logits: Array, labels: Array, entropy: bool = False
+    logits: Array,
+    labels: Array,
+    entropy: bool = False,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """``(row_max, logsum, label_logit, entropy)`` of every row.
 
@@ -26,13 +36,15 @@ def row_stats(
         logits: ``[..., V]``.
         labels: integers ``[...]``.
         entropy: whether the entropy is computed; it is None otherwise.
+        logit_scale: a number above 0.
+        softcap: a number above 0, or None.
     """
-    q = _upcast(logits)
+    q = _capped(logits, logit_scale, softcap)
     row_max, logsum = _normaliser(q)
     return (
         row_max,
         logsum,
-        label_logit(logits, labels),
+        label_logit(logits, labels, logit_scale=logit_scale, softcap=softcap),
         _entropy(q, row_max, logsum) if entropy else None,
     )
 
@@ -45,29 +57,38 @@ def row_grad(
     a: Array,
     b: Array,
     c: Array,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Array:
-    """``dlogits_j = p_j (A + B log p_j) + C 1{j = label}``, in the logits' dtype."""
+    """``dlogits_j = (p_j (A + B log p_j) + C 1{j = label}) dq/dx``, in the logits' dtype."""
     xp = array_namespace(logits)
-    q = _upcast(logits)
+    q = _capped(logits, logit_scale, softcap)
     element = _softmax_terms(q, row_max, logsum, a, b) + xp.where(
         _is_label(logits, labels), c[..., None], 0.0
     )
-    return xp.astype(element, logits.dtype)
+    return xp.astype(_through_cap(element, q, logit_scale, softcap), logits.dtype)
 
 
 def row_stats_grad(
-    logits: Array, alpha: Array, beta: Array, entropy_weight: Array | None = None
+    logits: Array,
+    alpha: Array,
+    beta: Array,
+    entropy_weight: Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Array, Array, Array | None, Array]:
     """``(row_max, logsum, entropy, dlogits)`` in one go.
 
-    ``dlogits_j = p_j (A + B log p_j)`` with A = alpha + beta (row_max + logsum) + B entropy and
-    B = ``entropy_weight``; None stands for 0, and the entropy is None then. A coefficient of 0
+    ``dlogits_j = p_j (A + B log p_j) dq/dx`` with A = alpha + beta (row_max + logsum) + B entropy
+    and B = ``entropy_weight``; None stands for 0, and the entropy is None then. A coefficient of 0
     silences its factor, NaN or not. Where alpha = -inf everything is 0: a row that nobody needs,
     and that other kernels do not read.
     """
     xp = array_namespace(logits)
     unread = alpha == -xp.inf
-    q = xp.where(unread[..., None], 0.0, _upcast(logits))
+    q = xp.where(unread[..., None], 0.0, _capped(logits, logit_scale, softcap))
     alpha, beta = xp.where(unread, 0.0, alpha), xp.where(unread, 0.0, beta)
     row_max, logsum = _normaliser(q)
     a, b, entropy = (
@@ -79,24 +100,46 @@ def row_stats_grad(
         b = xp.where(unread, 0.0, entropy_weight)
         entropy = xp.where(unread, 0.0, _entropy(q, row_max, logsum))
         a = a + xp.where(b != 0, b * entropy, 0.0)
-    dlogits = xp.astype(_softmax_terms(q, row_max, logsum, a, b), logits.dtype)
-    return row_max, xp.where(unread, 0.0, logsum), entropy, dlogits
+    terms = _through_cap(_softmax_terms(q, row_max, logsum, a, b), q, logit_scale, softcap)
+    return row_max, xp.where(unread, 0.0, logsum), entropy, xp.astype(terms, logits.dtype)
 
 
-def label_logit(logits: Array, labels: Array) -> Array:
+def label_logit(
+    logits: Array, labels: Array, *, logit_scale: float = 1.0, softcap: float | None = None
+) -> Array:
     """``q[label]``; 0 without a label, NaN for a bad one.
 
     Selected, not gathered: no address is ever computed from a label.
     """
     xp = array_namespace(logits)
-    q = _upcast(logits)
+    q = _capped(logits, logit_scale, softcap)
     picked = xp.sum(xp.where(_is_label(logits, labels), q, 0.0), axis=-1)
     return xp.where(labels >= logits.shape[-1], xp.nan, picked)
 
 
-def set_label(dlogits: Array, labels: Array, elements: Array) -> Array:
-    """The gradient with the elements at the labels replaced, rounded once."""
+def set_label(
+    dlogits: Array,
+    labels: Array,
+    elements: Array,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_logit: Array | None = None,
+) -> Array:
+    """The gradient with the elements at the labels replaced, rounded once.
+
+    Args:
+        dlogits: ``[..., V]``.
+        labels: integers ``[...]``.
+        elements: ``[...]``, gradients in q; what is written is multiplied by dq/dx.
+        logit_scale: a number above 0.
+        softcap: a number above 0, or None.
+        label_logit: ``[...]``, q at the labels, from which dq/dx is found under a soft cap.
+    """
     xp = array_namespace(dlogits)
+    if softcap is not None and label_logit is None:
+        raise ValueError("softcap needs label_logit, q at the labels, for the slope of the cap")
+    elements = _through_cap(elements, label_logit, logit_scale, softcap)
     elements = xp.astype(elements, dlogits.dtype)
     return xp.where(_is_label(dlogits, labels), elements[..., None], dlogits)
 
@@ -104,6 +147,24 @@ def set_label(dlogits: Array, labels: Array, elements: Array) -> Array:
 def _upcast(logits: Array) -> Array:
     xp = array_namespace(logits)
     return logits if logits.dtype == xp.float64 else xp.astype(logits, xp.float32)
+
+
+def _capped(logits: Array, logit_scale: float, softcap: float | None) -> Array:
+    """q in the dtype of the computation."""
+    xp = array_namespace(logits)
+    x = _upcast(logits)
+    if softcap is None:
+        return x if logit_scale == 1.0 else logit_scale * x
+    return xp.where(x == -xp.inf, -xp.inf, softcap * xp.tanh(x * (logit_scale / softcap)))
+
+
+def _through_cap(g: Array, q: Array, logit_scale: float, softcap: float | None) -> Array:
+    """A gradient in q as one in the logits. A zero stays one, where q is NaN too."""
+    if softcap is None:
+        return g if logit_scale == 1.0 else logit_scale * g
+    xp = array_namespace(g)
+    slope = logit_scale * (1 - (q / softcap) ** 2)
+    return xp.where((g == 0) | (q == -xp.inf), 0.0, g * slope)
 
 
 def _is_label(logits: Array, labels: Array) -> Array:

@@ -37,10 +37,10 @@ def groups_of(row, n_cols, EDGES: tl.constexpr):
 
 
 @triton.jit
-def edge_of(row, n_cols, skip, count):
+def edge_of(row, n_cols, skip, count, LANES: tl.constexpr = 0):
     """``(columns, mask)`` of the elements outside the groups: those before, then those behind."""
     GROUP: tl.constexpr = GROUP_BYTES // (row.dtype.element_ty.primitive_bitwidth // 8)
-    lane = tl.arange(0, 2 * GROUP)
+    lane = tl.arange(0, LANES if LANES else 2 * GROUP)
     before = lane < GROUP
     column = tl.where(before, lane, skip + count + lane - GROUP)
     return column, column < tl.where(before, skip, n_cols)

@@ -14,10 +14,10 @@ NVIDIA, NVIDIA_CLUSTERS, AMD, OTHER = "nvidia", "nvidia with clusters", "amd", "
 
 
 class Resident(NamedTuple):
-    """The row on chip, cut in two powers of two (the second may be 0); see ``resident.py``."""
+    """The row on chip, in parts of so many lanes; see ``resident.py``."""
 
-    first: int
-    second: int
+    lanes: int  # a power of two
+    parts: int
     num_warps: int
     num_ctas: int = 1
     # That a multiprocessor holds at once, so that one loads while another waits; of float32, half
@@ -28,8 +28,8 @@ class Resident(NamedTuple):
     def launch(self) -> dict[str, Any]:
         """What a launch is given: constants of the kernel, and options of the compiler."""
         return {
-            "FIRST": self.first,
-            "SECOND": self.second,
+            "LANES": self.lanes,
+            "PARTS": self.parts,
             "num_warps": self.num_warps,
             "num_ctas": self.num_ctas,
         }
@@ -67,19 +67,22 @@ class Block(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """The most columns that a resident form holds, and the largest elements, in bytes."""
+    """The most columns that a resident form holds, and of which rows."""
 
     columns: int
     num_warps: int
     num_ctas: int = 1
     blocks: int = 1
-    itemsize: int = 4
+    itemsize: int = 4  # the largest elements, in bytes
+    matched: bool = False  # whether a row's gradient has to lie as the row does; see ``columns.py``
 
 
 # 32 float32 numbers a thread leave room for the rest in 64 registers. With entropy the logits live
 # on beside them, in up to 97 registers, which blocks of 32 warps do not have.
 _SMALL = (Fits(1024, 4, 1, 8), Fits(2048, 4, 1, 4), Fits(8192, 8, 1, 3), Fits(16384, 16, 1, 2))
 _SMALL_ENTROPY = (Fits(1024, 4, 1, 6), Fits(4096, 8, 1, 3), Fits(8192, 16, 1, 2), Fits(16384, 16))
+_SMALL_AMD = (Fits(2048, 4, 1, 2), Fits(8192, 8))  # waves of 64 lanes
+_OTHER = (Fits(2048, 4), Fits(8192, 16))
 RESIDENT: dict[str, tuple[Fits, ...]] = {
     NVIDIA: (*_SMALL, Fits(32768, 32)),
     NVIDIA_CLUSTERS: (
@@ -90,13 +93,8 @@ RESIDENT: dict[str, tuple[Fits, ...]] = {
         Fits(163840, 16, 8),
         Fits(262144, 32, 8),  # 8 blocks are the largest cluster that every such device accepts
     ),
-    AMD: (  # waves of 64 lanes
-        Fits(2048, 4, 1, 2),
-        Fits(8192, 8),
-        Fits(32768, 16),
-        Fits(65536, 16, itemsize=2),
-    ),
-    OTHER: (Fits(2048, 4), Fits(8192, 16)),
+    AMD: (*_SMALL_AMD, Fits(32768, 16), Fits(65536, 16, itemsize=2, matched=True)),
+    OTHER: _OTHER,
 }
 RESIDENT_ENTROPY: dict[str, tuple[Fits, ...]] = {
     NVIDIA: _SMALL_ENTROPY,
@@ -106,8 +104,17 @@ RESIDENT_ENTROPY: dict[str, tuple[Fits, ...]] = {
         Fits(65536, 16, 4),
         Fits(163840, 16, 8),
     ),
-    AMD: (Fits(2048, 4, 1, 2), Fits(8192, 8), Fits(32768, 16), Fits(49152, 16, itemsize=2)),
-    OTHER: (Fits(2048, 4), Fits(8192, 16)),
+    AMD: (*_SMALL_AMD, Fits(32768, 16), Fits(40960, 16, itemsize=2, matched=True)),
+    OTHER: _OTHER,
+}
+RESIDENT_BOTH: dict[str, tuple[Fits, ...]] = {  # entropy and a soft cap
+    **RESIDENT_ENTROPY,
+    NVIDIA_CLUSTERS: (
+        *RESIDENT_ENTROPY[NVIDIA_CLUSTERS][:-1],
+        Fits(131072, 16, 8),
+        Fits(163840, 16, 8, itemsize=2),
+    ),
+    AMD: (*_SMALL_AMD, Fits(24576, 16)),
 }
 # The rest of the row has to wait in the L2 cache, so that as few rows as possible should be under
 # way at once: one block, of all the threads that a multiprocessor accepts in one.
@@ -136,13 +143,24 @@ def family(backend: str, arch: int | str, triton_version: str) -> str:
     return NVIDIA_CLUSTERS if clusters else NVIDIA
 
 
-def row_stats_grad(vocab: int, itemsize: int, entropy: bool, of: str) -> Resident | Tiles:
-    """The first resident form that holds the row, else two passes."""
-    for fits in (RESIDENT_ENTROPY if entropy else RESIDENT)[of]:
-        if vocab <= fits.columns and itemsize <= fits.itemsize:
+def row_stats_grad(
+    vocab: int, itemsize: int, entropy: bool, of: str, matched: bool = True, softcap: bool = False
+) -> Resident | Tiles:
+    """The first resident form that holds the row, else two passes.
+
+    With a soft cap the logits live on as they do with entropy, for the slope of the cap.
+    """
+    for fits in resident(entropy, softcap)[of]:
+        serves = itemsize <= fits.itemsize and matched >= fits.matched
+        if vocab <= fits.columns and serves:
             threads = fits.num_warps * fits.num_ctas * (64 if of == AMD else 32)
             return Resident(*cut(vocab, 8 * threads), fits.num_warps, fits.num_ctas, fits.blocks)
     return TWO_PASS[_plain(of)]
+
+
+def resident(entropy: bool, softcap: bool = False) -> dict[str, tuple[Fits, ...]]:
+    """The table of what is kept of a row."""
+    return (RESIDENT, RESIDENT_ENTROPY, RESIDENT_BOTH)[entropy + softcap]
 
 
 def row_stats(vocab: int, of: str) -> Tiles:
@@ -155,18 +173,14 @@ def row_grad(of: str) -> Block:
     return ROW_GRAD[_plain(of)]
 
 
-def cut(vocab: int, least: int) -> tuple[int, int]:
-    """The row in powers of two: one, or one with a half or a quarter of it behind.
+def cut(vocab: int, most: int) -> tuple[int, int]:
+    """``(lanes, parts)`` that hold the row: as few parts of at most so many lanes as possible.
 
-    151936 columns take 131072 + 32768 lanes, where one power of two would take 262144. A second
-    part has at least ``least`` lanes, which is what gives every thread a 16-byte group.
+    ``most`` is what gives every thread 8 elements of a part. The fewest lanes, 128, are as many
+    groups as there may be elements at the edges.
     """
-    whole = 1 << max(4, (vocab - 1).bit_length())
-    half = whole // 2
-    for second in (half // 4, half // 2):
-        if vocab <= half + second and second >= least:
-            return half, second
-    return whole, 0
+    lanes = min(most, 1 << max(7, (vocab - 1).bit_length()))
+    return lanes, -(-vocab // lanes)
 
 
 def _plain(of: str) -> str:

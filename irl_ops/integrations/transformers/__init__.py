@@ -3,7 +3,9 @@
 The model's own loss becomes IQLearn, in a Trainer and in a plain loop alike::
 
     model = apply_iqlearn(model, lam=0.1)
-    Trainer(model, args, train_dataset=data, callbacks=[IQLearnCallback()]).train()
+    trainer = Trainer(model, args, train_dataset=data)
+    IQLearnCallback().attach(trainer)
+    trainer.train()
 
 ``iqlearn_loss_func`` is for a model that should stay as it is. Both give sum / num_items_in_batch,
 for which the Trainer counts the labels of the whole accumulated batch over all ranks, and the mean

@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
+from irl_ops.integrations.transformers.forward import ModelLoss
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss, OutputsLoss
 from irl_ops.integrations.transformers.model import applied_loss, transformers_model
+from irl_ops.torch import iqlearn_loss
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
 class IQLearnCallback(TrainerCallback):
-    """Logs "nll", "td", "value", "reward" (and "entropy"), and checks that IQLearn is what trains.
+    """Logs "nll", "td", "value", "reward", and checks that IQLearn is what trains.
 
-    The metrics are means over the labelled tokens of the logging window, over all ranks; those of
-    an evaluation have the prefix of its loss ("eval_nll"). They reach
-    ``trainer.state.log_history``, the console, what ``evaluate`` and ``predict`` return, and
-    ``metric_for_best_model``. The Trainer calls its reporters (TensorBoard, W&B) before any
-    callback in ``callbacks=``: use ``attach`` to put this one in front of them.
+    They are means over the labelled tokens of the logging window, over all ranks, of all that
+    ``iqlearn_loss`` returns as metrics; those of an evaluation have the prefix of its loss
+    ("eval_nll"). They reach ``trainer.state.log_history``, the console, what ``evaluate`` and
+    ``predict`` return, and ``metric_for_best_model``. The Trainer calls its reporters (TensorBoard,
+    W&B) before any callback in ``callbacks=``: ``IQLearnCallback().attach(trainer)`` puts this one
+    in front of them.
 
     Args:
         loss_func: what ``iqlearn_loss_func`` returned. None: the model is one of ``apply_iqlearn``.
@@ -41,7 +44,16 @@ class IQLearnCallback(TrainerCallback):
         self.loss_func = loss_func
 
     def attach(self, trainer: Trainer) -> None:
-        """Puts this callback before all others of ``trainer``: reporters then see the metrics."""
+        """Puts this callback before all others of ``trainer``: reporters then see the metrics.
+
+        Raises:
+            ValueError: the Trainer's ``compute_loss_func`` is ``irl_ops.torch.iqlearn_loss``.
+        """
+        if trainer.compute_loss_func is iqlearn_loss:
+            raise ValueError(
+                "compute_loss_func=irl_ops.torch.iqlearn_loss takes logits, and the Trainer has "
+                "outputs and num_items_in_batch; accepted: iqlearn_loss_func(...)"
+            )
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
 
@@ -99,15 +111,20 @@ class IQLearnCallback(TrainerCallback):
     def _loss(self, model: torch.nn.Module) -> Loss:
         if isinstance(self.loss_func, OutputsLoss):
             return self.loss_func
-        from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
-
-        loss = applied_loss(transformers_model(extract_model_from_parallel(model)))
+        loss = loss_of(model)
         if loss is None:
             raise ValueError(
                 "the model has no IQLearn loss: call apply_iqlearn(model, ...) first, or give "
                 "IQLearnCallback the iqlearn_loss_func(...) that compute_loss_func has"
             )
         return loss
+
+
+def loss_of(model: torch.nn.Module) -> ModelLoss | None:
+    """What ``apply_iqlearn`` has put on the model inside a Trainer's wrappers."""
+    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+
+    return applied_loss(transformers_model(extract_model_from_parallel(model)))
 
 
 class LamScheduleCallback(TrainerCallback):
@@ -121,6 +138,8 @@ class LamScheduleCallback(TrainerCallback):
 
     Raises:
         TypeError: ``lam`` is something else.
+        ValueError: when training starts, the loss has another ``lam``: a number, or another tensor,
+            such as the one that ``copy.deepcopy`` gives to the copy of a model.
     """
 
     def __init__(self, lam: Tensor, schedule: Callable[[int], float]) -> None:
@@ -128,6 +147,21 @@ class LamScheduleCallback(TrainerCallback):
             raise TypeError(f"lam={lam!r}; accepted: the 0-d floating tensor that the loss has")
         self.lam = lam
         self.schedule = schedule
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuses to schedule, and log, a tensor that no loss reads."""
+        try:
+            applied = loss_of(kwargs["model"])
+        except TypeError:  # not of Transformers, so with an iqlearn_loss_func
+            applied = None
+        losses: list[Loss] = list(OutputsLoss.alive) if applied is None else [applied]
+        if not any(loss.options.get("lam") is self.lam for loss in losses):
+            given = "no iqlearn_loss_func(...)" if applied is None else "not the model's loss"
+            raise ValueError(
+                f"lam={self.lam!r} of LamScheduleCallback is another tensor than the loss's: "
+                f"{given} has it; accepted: the very tensor that apply_iqlearn(model, lam=lam) or "
+                "iqlearn_loss_func(lam=lam) was given"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets ``lam`` for all micro-batches of the step."""

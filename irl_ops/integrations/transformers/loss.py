@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from irl_ops.torch import iqlearn_loss
 
-# The options of iqlearn_loss that hold for a whole run; the others belong to a batch.
-OPTIONS = "lam gamma entropy_coef ignore_index eos_token_id boundary detach_next inplace backend"
+
+class IQLearnOptions(TypedDict, total=False):
+    """The options of ``irl_ops.torch.iqlearn_loss`` that hold for a whole run."""
+
+    lam: float | Tensor
+    gamma: float | Tensor
+    entropy_coef: float | Tensor
+    z_loss: float | Tensor
+    ignore_index: int
+    eos_token_id: int | Sequence[int] | None
+    boundary: Literal["terminal", "bootstrap", "drop"]
+    detach_next: bool
+    inplace: bool
+    backend: str
+
+
+OPTIONS = [
+    name
+    for name in IQLearnOptions.__annotations__
+    if name in inspect.signature(iqlearn_loss).parameters
+]
+
+# The options that belong to a batch and that a forward takes beside its own, in the labels' shape
+# [B, T] ("truncated" also [B]). The rest says itself what it is (``shift``), or has another name in
+# Transformers (``position_ids``, ``cu_seqlens``, ``num_items``).
+BATCH_OPTIONS = ("segment_ids", "token_weights", "truncated", "where", "values")
 
 DATA_PARALLEL = (
     "nn.DataParallel (n_gpu > 1 in one process) would scale the loss by n_gpu; accepted: one "
@@ -20,7 +46,9 @@ DATA_PARALLEL = (
 )
 
 
-def iqlearn_loss_func(*, shift: bool = True, **options: Any) -> Callable[..., Tensor]:
+def iqlearn_loss_func(
+    *, shift: bool = True, **options: Unpack[IQLearnOptions]
+) -> Callable[..., Tensor]:
     """A ``compute_loss_func`` for the Trainer; the model stays as it is.
 
     It sees logits and labels and nothing else: packed documents are told apart by the labels alone,
@@ -44,14 +72,14 @@ def iqlearn_loss_func(*, shift: bool = True, **options: Any) -> Callable[..., Te
             encoder-decoder with ``shift=True``, for those with a router's auxiliary loss, and
             without logits or labels.
     """
-    return OutputsLoss(shift, checked("iqlearn_loss_func", options))
+    return OutputsLoss(shift, checked("iqlearn_loss_func", dict(options)))
 
 
 def checked(caller: str, options: dict[str, Any]) -> dict[str, Any]:
     """``options``, once the loss has accepted their values on two rows."""
     for name in options:
-        if name not in OPTIONS.split():
-            raise TypeError(f"{caller} has no option {name!r}; accepted: {OPTIONS}")
+        if name not in OPTIONS:
+            raise TypeError(f"{caller} has no option {name!r}; accepted: {' '.join(OPTIONS)}")
     plain = {
         name: value
         for name, value in options.items()
@@ -67,12 +95,13 @@ class Loss:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.called = False
+        self.share: Tensor | None = None  # of the labels in num_items, that the batch has
         self._names: list[str] = []
         self._sums: dict[bool, Tensor] = {}  # by whether gradients were recorded
         self._masked_ends: list[int] = []
 
     def compute(self, logits: Tensor, labels: Tensor, num_items: Any, **batch: Any) -> Tensor:
-        """The loss of a batch; ``batch`` holds its ``shift`` and ``segment_ids``."""
+        """The loss of a batch; ``batch`` holds its ``shift`` and what ``BATCH_OPTIONS`` names."""
         if isinstance(num_items, Tensor):
             # The Trainer repeats the number, [n_gpu, 1], for the GPUs of an nn.DataParallel.
             if num_items.ndim > 1 and torch.accelerator.device_count() > 1:
@@ -81,10 +110,16 @@ class Loss:
         labels = labels.to(logits.device)  # a model spread over devices has its head elsewhere
         if self._masked_ends and not torch.compiler.is_compiling():
             self._warn_of_masked_ends(labels)
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                batch[name] = value.to(logits.device)
         loss, metrics = iqlearn_loss(
             logits, labels, num_items=num_items, return_metrics=True, **batch, **self.options
         )
         self.called = True
+        if num_items is not None:
+            tokens = metrics["tokens"]
+            self.share = torch.where(tokens > 0, tokens / num_items, 0.0)
         self._record(dict(metrics))
         return loss
 
@@ -137,11 +172,18 @@ class Loss:
 
 
 class OutputsLoss(Loss):
-    """What ``iqlearn_loss_func`` returns."""
+    """What ``iqlearn_loss_func`` returns.
+
+    Attributes:
+        alive: all of them, for callbacks, which do not see the Trainer's ``compute_loss_func``.
+    """
+
+    alive: ClassVar[weakref.WeakSet[OutputsLoss]] = weakref.WeakSet()
 
     def __init__(self, shift: bool, options: dict[str, Any]) -> None:
         super().__init__(options)
         self.shift = shift
+        self.alive.add(self)
 
     def __call__(
         self, outputs: Mapping[str, Any], labels: Tensor | None, num_items_in_batch: Any = None

@@ -1,7 +1,8 @@
-"""A whole call by the array algebra and the reference row kernels: any device, no compiler."""
+"""A whole call by the array algebra around the row kernels of any backend, step by step."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -11,7 +12,6 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.algebra import Coefficients, Finished, Heads, Rows, Weighting
 from irl_ops.call import Call
-from irl_ops.kernels import reference
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.outcome import Outcome
 
@@ -19,40 +19,46 @@ from irl_ops.torch.outcome import Outcome
 class Dense:
     """The pass over whole logits; the gradient goes into storage that is given."""
 
-    def __init__(self, logits: Tensor, dlogits: Tensor) -> None:
-        self.logits, self.dlogits = logits, dlogits
+    def __init__(self, kernels: ModuleType, logits: Tensor, dlogits: Tensor) -> None:
+        self.kernels, self.logits, self.dlogits = kernels, logits, dlogits
 
     def label_logit(self, labels: Tensor) -> Tensor:
         """``q[label]``."""
-        picked: Tensor = reference.label_logit(self.logits, labels)
+        picked: Tensor = self.kernels.label_logit(self.logits, labels)
         self.picked = picked
         return picked
 
     def stats_grad(self, labels: Tensor, given: Coefficients, finish: Any) -> tuple[None, Finished]:
         """One window."""
-        row_max, logsum, entropy, gradient = reference.row_stats_grad(self.logits, *given)
+        stats = self.kernels.row_stats_grad(self.logits, *given, self.dlogits)
+        row_max, logsum, entropy = stats
         done: Finished = finish(lambda x: x, row_max, logsum, self.picked, entropy, 0.0)
-        self.dlogits.copy_(reference.set_label(gradient, labels, done.element))
+        self.kernels.set_label_(self.dlogits, labels, done.element)
         return None, done
 
 
 def loss(
-    call: Call, logits: Tensor, labels: Tensor, dlogits: Tensor | None, above: Tensor | None
+    kernels: ModuleType,
+    call: Call,
+    logits: Tensor,
+    labels: Tensor,
+    dlogits: Tensor | None,
+    above: Tensor | None,
 ) -> Outcome:
-    """See ``irl_ops.torch.whole``."""
+    """See ``irl_ops.torch.whole``; ``kernels`` is a module of ``irl_ops.torch.backends``."""
     rows = aligned(call.sequence, logits, labels)
     heads, weighting = in_dtype(call, logits)
     per_row = call.weighting.reduction == "none"
     with torch.no_grad():
         loss = algebra.weigh(xp, rows.kind, call.terms, weighting, above)
         if dlogits is not None:
-            out = algebra.loss_and_grad(xp, Dense(logits, dlogits), rows, loss, heads)
+            out = algebra.loss_and_grad(xp, Dense(kernels, logits, dlogits), rows, loss, heads)
             metrics = out.metrics if call.metrics else None
             return Outcome(out.loss, out.dvalues, out.dnext_values, metrics)
         stats = algebra.statistics(
             xp,
             rows.labels,
-            *reference.row_stats(logits, rows.labels, loss.entropy_coef is not None),
+            *kernels.row_stats(logits, rows.labels, loss.entropy_coef is not None),
         )
         step = algebra.transition(xp, rows.kind, stats, loss.gamma, heads)
         total: Tensor = algebra.row_losses(xp, loss, stats, step)

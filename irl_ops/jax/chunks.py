@@ -1,0 +1,237 @@
+"""The pass over logits that are never stored: chunks of rows, from the last to the first.
+
+A chunk's logits are computed, read once and overwritten by their gradient, which goes into two
+matrix products; the value of its first row is all that the chunk before it needs to know. Weights
+are ``[V, D]``: as [D, V] they would be transposed once per chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from irl_ops import algebra
+
+Carry = Any
+Body = Callable[[Carry, Any, int], tuple[Carry, Any]]
+
+
+class Layer(NamedTuple):
+    """What the logits are made of; differentiable."""
+
+    hidden: jax.Array  # [..., T, D]
+    weight: jax.Array  # [V, D]
+    bias: jax.Array | None  # [V]
+
+    def flat(self) -> Layer:
+        """With hidden states ``[N, D]``."""
+        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+
+class Bend(NamedTuple):
+    """q = softcap tanh(scale x / softcap), where x is hidden weight^T + bias; None: left out."""
+
+    scale: jax.Array | None
+    softcap: jax.Array | None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """q, in the dtype of x."""
+        if self.scale is None and self.softcap is None:
+            return x
+        q = _wide(x) if self.scale is None else _wide(x) * self.scale
+        if self.softcap is not None:
+            q = self.softcap * jnp.tanh(q / self.softcap)
+        return q.astype(x.dtype)
+
+    def back(self, dq: jax.Array, q: jax.Array) -> jax.Array:
+        """The gradient of x, of that of q."""
+        if self.scale is None and self.softcap is None:
+            return dq
+        dx = _wide(dq) if self.scale is None else _wide(dq) * self.scale
+        if self.softcap is not None:
+            dx = dx * (1 - (_wide(q) / self.softcap) ** 2)
+        return dx.astype(dq.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def logits_of(hidden: jax.Array, layer: Layer, bend: Bend) -> jax.Array:
+    """The logits of some rows, rounded as those of a dense layer are."""
+    over = (((1,), (1,)), ((), ()))
+    x = lax.dot_general(hidden, layer.weight, over, preferred_element_type=hidden.dtype)
+    return bend(x if layer.bias is None else x + layer.bias)
+
+
+def label_logit(layer: Layer, labels: jax.Array, bend: Bend, chunk: int) -> jax.Array:
+    """``q[label]`` by gathered rows of the weight, unrounded; 0 without a label, NaN for a bad one.
+
+    Of a chunk at a time too, for the gathered rows are as large as the hidden states.
+    """
+    layer, flat, vocab = layer.flat(), labels.reshape(-1), layer.weight.shape[0]
+
+    def body(carry: None, start: Any, size: int) -> tuple[None, jax.Array]:
+        hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
+        column = jnp.clip(label, 0, vocab - 1)
+        x = jnp.sum(_wide(hidden) * _wide(layer.weight[column]), -1)
+        q = bend(x if layer.bias is None else x + _wide(layer.bias[column]))
+        return None, jnp.where(label < 0, 0.0, jnp.where(label >= vocab, jnp.nan, q))
+
+    return backwards(body, None, flat.shape[0], chunk)[1].reshape(labels.shape)
+
+
+def backwards(body: Body, carry: Carry, rows: int, chunk: int) -> tuple[Carry, Any]:
+    """``body(carry, start, size)`` on chunk after chunk, the last first; outputs ``[rows, ...]``.
+
+    Rows that fill no chunk are the last ones, and come first.
+    """
+    whole, rest = divmod(rows, chunk)
+    if rest:
+        carry, tail = body(carry, whole * chunk, rest)
+        if not whole:
+            return carry, tail
+    carry, outputs = lax.scan(
+        lambda carry, i: body(carry, i * chunk, chunk), carry, jnp.arange(whole), reverse=True
+    )
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    if rest:
+        outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, tail)
+    return carry, outputs
+
+
+class Sums(NamedTuple):
+    """The gradients that all chunks add to."""
+
+    weight: jax.Array
+    bias: jax.Array | None
+
+    @classmethod
+    def zeros(cls, layer: Layer, accumulate: str) -> Sums:
+        """In the weight's dtype for ``accumulate="weight"``, otherwise in float32."""
+
+        def like(x: jax.Array) -> jax.Array:
+            return jnp.zeros_like(x if accumulate == "weight" else _wide(x))
+
+        bias = None if layer.bias is None else jnp.zeros_like(_wide(layer.bias))
+        return cls(like(layer.weight), bias)
+
+    def add(self, dx: jax.Array, hidden: jax.Array, layer: Layer) -> tuple[Sums, jax.Array]:
+        """With a chunk's, and the gradient of its hidden states."""
+        dhidden = lax.dot_general(
+            dx, layer.weight, (((1,), (0,)), ((), ())), preferred_element_type=hidden.dtype
+        )
+        rows, bias = (((0,), (0,)), ((), ())), self.bias
+        weight = self.weight + lax.dot_general(
+            dx, hidden, rows, preferred_element_type=self.weight.dtype
+        )
+        if bias is not None:  # a product with ones: XLA sums columns slowly
+            ones = jnp.ones(dx.shape[:1], dx.dtype)
+            bias = bias + lax.dot_general(dx, ones, rows, preferred_element_type=bias.dtype)
+        return Sums(weight, bias), dhidden
+
+
+class Linear:
+    """The pass with its gradients, for ``algebra.loss_and_grad``."""
+
+    def __init__(
+        self, kernels: ModuleType, layer: Layer, bend: Bend, chunk: int, accumulate: str
+    ) -> None:
+        self.kernels, self.layer, self.bend = kernels, layer, bend
+        self.chunk, self.accumulate = chunk, accumulate
+
+    def label_logit(self, labels: jax.Array) -> jax.Array:
+        """``q[label]``, for the neighbour's coefficients alone."""
+        return label_logit(self.layer, labels, self.bend, self.chunk)
+
+    def stats_grad(
+        self, labels: jax.Array, given: algebra.Coefficients, finish: algebra.Finish
+    ) -> tuple[tuple[jax.Array, Sums], algebra.Finished]:
+        """The gradients of the layer, and what was finished."""
+        layer, kernels = self.layer.flat(), self.kernels
+
+        def body(carry: Carry, start: Any, size: int) -> tuple[Carry, Any]:
+            def window(x: Any) -> Any:
+                if x is None:
+                    return None
+                return lax.dynamic_slice_in_dim(x.reshape(-1), start, size)
+
+            alpha, beta, entropy_weight = (window(x) for x in given)
+
+            def work(carry: Carry) -> tuple[Carry, Any]:
+                sums, behind = carry
+                hidden = lax.dynamic_slice_in_dim(layer.hidden, start, size)
+                q, label = logits_of(hidden, layer, self.bend), window(labels)
+                picked = kernels.label_logit(q, label)
+                # looked at before they are overwritten; see ``scalar_loss.Dense``
+                zeros = 0.0 * jnp.where(jnp.isfinite(picked), picked, 0.0)
+                row_max, logsum, entropy, dq = kernels.row_stats_grad(
+                    q, alpha + zeros, beta, entropy_weight
+                )
+                done = finish(window, row_max, logsum, picked, entropy, behind)
+                dq = kernels.set_label(dq, label, done.element)
+                sums, dhidden = sums.add(self.bend.back(dq, q), hidden, layer)
+                return (sums, done.stats.value[:1]), (dhidden, done)
+
+            def skip(carry: Carry) -> tuple[Carry, Any]:
+                out = jax.eval_shape(work, carry)[1]
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+                return (carry[0], nothing), zeros
+
+            # rows that nobody needs cost no product; the device decides
+            needed = jnp.any(alpha != algebra.UNREAD)
+            return lax.cond(needed, work, skip, carry)
+
+        nothing = jnp.zeros(1, given.beta.dtype)
+        carry = (Sums.zeros(layer, self.accumulate), nothing)
+        (sums, _), (dhidden, done) = backwards(body, carry, labels.size, self.chunk)
+        done = jax.tree.map(lambda x: x.reshape(labels.shape), done)
+        return (dhidden.reshape(self.layer.hidden.shape), sums), done
+
+
+def row_stats(
+    kernels: ModuleType, layer: Layer, labels: jax.Array, bend: Bend, chunk: int, entropy: bool
+) -> Any:
+    """``(row_max, logsum, label_logit, entropy)`` of every row."""
+    layer, flat = layer.flat(), labels.reshape(-1)
+
+    def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
+        hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
+        return None, kernels.row_stats(logits_of(hidden, layer, bend), label, entropy)
+
+    _, stats = backwards(body, None, flat.shape[0], chunk)
+    return jax.tree.map(lambda x: x.reshape(labels.shape), stats)
+
+
+def row_grad(
+    kernels: ModuleType,
+    layer: Layer,
+    bend: Bend,
+    chunk: int,
+    accumulate: str,
+    *vectors: jax.Array,
+) -> tuple[jax.Array, Sums]:
+    """The gradients of the layer, from (labels, row_max, logsum, a, b, c), by logits made again."""
+    flat_layer, flat = layer.flat(), [x.reshape(-1) for x in vectors]
+
+    def body(sums: Sums, start: Any, size: int) -> tuple[Sums, jax.Array]:
+        hidden, *seen = (
+            lax.dynamic_slice_in_dim(x, start, size) for x in (flat_layer.hidden, *flat)
+        )
+
+        def work(sums: Sums) -> tuple[Sums, jax.Array]:
+            q = logits_of(hidden, flat_layer, bend)
+            dq = kernels.row_grad(q, *seen)
+            return sums.add(bend.back(dq, q), hidden, flat_layer)
+
+        wanted = jnp.any((seen[3] != 0) | (seen[4] != 0) | (seen[5] != 0))
+        return lax.cond(wanted, work, lambda sums: (sums, jnp.zeros_like(hidden)), sums)
+
+    sums = Sums.zeros(flat_layer, accumulate)
+    sums, dhidden = backwards(body, sums, flat[0].shape[0], chunk)
+    return dhidden.reshape(layer.hidden.shape), sums

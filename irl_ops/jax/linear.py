@@ -1,0 +1,328 @@
+"""The losses of hidden states and a last layer's weight, whose logits are never stored."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+
+from irl_ops import algebra, terms
+from irl_ops.call import read_loss, read_stats
+from irl_ops.jax.arguments import Array
+from irl_ops.jax.chunks import Bend, Layer
+from irl_ops.jax.forward import Loss
+from irl_ops.jax.linear_arguments import (
+    LinearIQLearnOptions,
+    LinearMLEOptions,
+    LinearOnlineOptions,
+    LinearStatsOptions,
+    arguments,
+    linear_signature,
+)
+from irl_ops.jax.linear_loss import Form, linear_loss, statistics
+from irl_ops.jax.program import computed_in, heads_of, join, objective, part, rows_of
+from irl_ops.jax.scalar_loss import transition
+from irl_ops.jax.tokens import TokenStats
+
+
+@overload
+def linear_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearIQLearnOptions],
+) -> jax.Array: ...
+
+
+@overload
+def linear_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearIQLearnOptions],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@overload
+def linear_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearIQLearnOptions],
+) -> Loss: ...
+
+
+@linear_signature(LinearIQLearnOptions)
+def linear_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: bool = False,
+    **options: Unpack[LinearIQLearnOptions],
+) -> Loss:
+    r"""``iqlearn_loss`` of the logits hidden weight^T + bias, which are never stored.
+
+    .. math:: q = c \tanh(s x / c), \qquad x = h W^T + b
+
+    with s = ``logit_scale`` and c = ``softcap`` (q = s x without it). Chunks of rows go from the
+    last to the first: the logits of one are computed, read once, overwritten by their gradient and
+    multiplied back. The gradients are computed with the loss, in three matrix products; chunks
+    without a row that somebody needs (prompts, padding) are left out on the device. With reduction
+    "none" the logits are computed again in the backward pass.
+
+    Works under ``jit``, ``grad``, ``vmap``, ``scan`` and ``checkpoint``. ``inplace`` changes
+    nothing: the logits are nobody's.
+
+    Args:
+        hidden: float32, bfloat16 or float16 ``[..., T, D]``; float64 as in ``iqlearn_loss``.
+            Logits are rounded to this dtype, all other arithmetic is float32.
+        weight: ``[V, D]`` in hidden's dtype.
+        labels: int32 or int64 ``[..., T]``.
+        bias: ``[V]`` in hidden's dtype, or None.
+        chunk_size: rows per chunk, at most 1024 by default; what is stored beside inputs and
+            gradients is about one chunk of logits.
+        accumulate: the dtype in which chunks are added up for the gradient of weight: "float32"
+            (the default), which takes 4 V D bytes until the gradient is rounded, or "weight",
+            which rounds the sum after every chunk and takes nothing.
+        logit_scale: factor of the logits; a number or a 0-d array, not differentiated by.
+        softcap: bound of the logits, above 0; a number or a 0-d array, or None.
+        return_metrics: as all that follow: see ``iqlearn_loss``.
+
+    Returns:
+        The loss, or ``(loss, metrics)``. Differentiable by hidden, weight, bias, ``values`` and
+        ``next_values``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as ``iqlearn_loss``.
+
+    Example:
+        >>> hidden = jax.random.normal(jax.random.key(0), (2, 8, 16))
+        >>> weight = jax.random.normal(jax.random.key(1), (100, 16))
+        >>> labels = jnp.zeros((2, 8), int)
+        >>> dhidden, dweight = jax.grad(linear_iqlearn_loss, (0, 1))(hidden, weight, labels)
+    """
+    return _loss(
+        "linear_iqlearn_loss",
+        LinearIQLearnOptions,
+        terms.iqlearn,
+        hidden,
+        weight,
+        labels,
+        dict(options),
+        return_metrics,
+    )
+
+
+@overload
+def linear_mle_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearMLEOptions],
+) -> jax.Array: ...
+
+
+@overload
+def linear_mle_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearMLEOptions],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@overload
+def linear_mle_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearMLEOptions],
+) -> Loss: ...
+
+
+@linear_signature(LinearMLEOptions)
+def linear_mle_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_metrics: bool = False,
+    **options: Unpack[LinearMLEOptions],
+) -> Loss:
+    """``mle_loss`` of logits that are never stored; the layer's arguments are those of
+    ``linear_iqlearn_loss``.
+    """
+    return _loss(
+        "linear_mle_loss",
+        LinearMLEOptions,
+        terms.mle,
+        hidden,
+        weight,
+        labels,
+        dict(options),
+        return_metrics,
+    )
+
+
+@overload
+def linear_online_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOnlineOptions],
+) -> jax.Array: ...
+
+
+@overload
+def linear_online_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOnlineOptions],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+@overload
+def linear_online_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearOnlineOptions],
+) -> Loss: ...
+
+
+@linear_signature(LinearOnlineOptions)
+def linear_online_iqlearn_loss(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    is_expert: Array,
+    *,
+    return_metrics: bool = False,
+    **options: Unpack[LinearOnlineOptions],
+) -> Loss:
+    """``online_iqlearn_loss`` of logits that are never stored; the layer's arguments are those of
+    ``linear_iqlearn_loss``, ``is_expert`` is bool ``[...]`` (one per sequence) or ``[..., T]``.
+    """
+    return _loss(
+        "linear_online_iqlearn_loss",
+        LinearOnlineOptions,
+        terms.online_iqlearn,
+        hidden,
+        weight,
+        labels,
+        dict(options),
+        return_metrics,
+        is_expert,
+    )
+
+
+@linear_signature(LinearStatsOptions)
+def linear_token_stats(
+    hidden: Array, weight: Array, labels: Array, **options: Unpack[LinearStatsOptions]
+) -> TokenStats:
+    """``token_stats`` of logits that are never stored.
+
+    The layer's arguments are those of ``linear_iqlearn_loss``. Where a gradient is asked for, the
+    logits are computed again, chunk by chunk.
+
+    Example:
+        >>> hidden = jax.random.normal(jax.random.key(0), (2, 8, 16))
+        >>> weight = jax.random.normal(jax.random.key(1), (100, 16))
+        >>> stats = linear_token_stats(hidden, weight, jnp.zeros((2, 8), int), chunk_size=4)
+    """
+    given = dict(options)
+    layer, bend, form, logits = arguments.layer(hidden, weight, given)
+    call = read_stats("linear_token_stats", LinearStatsOptions, arguments, logits, labels, given)
+    static, traced = part(call, layer.hidden)
+    form = form._replace(backend=static.backend)
+    stats: TokenStats = _run_stats(form, static, layer, labels, traced, bend)
+    return stats
+
+
+def _loss(
+    caller: str,
+    group: Any,
+    terms_of: Callable[..., algebra.Terms],
+    hidden: Any,
+    weight: Any,
+    labels: Any,
+    given: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Any = None,
+) -> Loss:
+    layer, bend, form, logits = arguments.layer(hidden, weight, given)
+    call = read_loss(
+        caller, group, arguments, terms_of, logits, labels, given, return_metrics, is_expert
+    )
+    static, traced = part(call, layer.hidden)
+    form = form._replace(
+        backend=static.backend, detach_next=call.heads.detach_next, metrics=call.metrics
+    )
+    total, metrics = _run(form, static, layer, labels, traced, bend)
+    return (total, metrics) if call.metrics else total
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any, bend: Bend
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    call, dtype = join(static, traced), computed_in(layer.hidden)
+    rows = rows_of(labels, layer.weight.shape[0], call.sequence)
+    loss, heads = objective(rows, call, dtype), heads_of(call.heads, dtype)
+    bend = jax.tree.map(lambda x: jnp.asarray(x, dtype), bend)
+    if call.weighting.reduction != "none":
+        return linear_loss(form, layer, (heads.values, heads.next_values), rows, loss, bend)
+
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows, bend)
+    step = transition(rows, stats, loss.gamma, heads)
+    per_row = algebra.row_losses(jnp, loss, stats, step)
+    if not call.metrics:
+        return per_row, None
+    metrics = algebra.metrics(jnp, rows.kind, loss, stats, step)
+    return per_row, jax.lax.stop_gradient(metrics)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_stats(
+    form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any, bend: Bend
+) -> TokenStats:
+    call, dtype = join(static, traced), computed_in(layer.hidden)
+    rows = rows_of(labels, layer.weight.shape[0], call.sequence)
+    bend = jax.tree.map(lambda x: jnp.asarray(x, dtype), bend)
+    stats = statistics(form, call.entropy, layer, rows, bend)
+    step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
+    return TokenStats(
+        step.value,
+        stats.logprob,
+        stats.entropy,
+        step.reward,
+        step.next_value,
+        rows.kind,
+        stats.correct,
+    )

@@ -1,0 +1,152 @@
+"""Which arguments the linear losses accept, and how they show them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+
+from irl_ops.jax.arguments import Array, JaxArguments
+from irl_ops.jax.chunks import Bend, Layer
+from irl_ops.jax.linear_loss import Form
+from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, StatsOptions, signature
+
+CHUNK = 1024  # rows; a chunk's logits are a sixteenth of those of 16384
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class LinearIQLearnOptions(IQLearnOptions[Array], total=False):
+    """Of ``linear_iqlearn_loss``: those of its dense twin, and of the layer."""
+
+    bias: Array | None
+    chunk_size: int | None
+    accumulate: Literal["float32", "weight"] | None
+    logit_scale: float | Array
+    softcap: float | Array | None
+
+
+class LinearMLEOptions(MLEOptions[Array], total=False):
+    """Of ``linear_mle_loss``."""
+
+    bias: Array | None
+    chunk_size: int | None
+    accumulate: Literal["float32", "weight"] | None
+    logit_scale: float | Array
+    softcap: float | Array | None
+
+
+class LinearOnlineOptions(OnlineOptions[Array], total=False):
+    """Of ``linear_online_iqlearn_loss``."""
+
+    bias: Array | None
+    chunk_size: int | None
+    accumulate: Literal["float32", "weight"] | None
+    logit_scale: float | Array
+    softcap: float | Array | None
+
+
+class LinearStatsOptions(StatsOptions[Array], total=False):
+    """Of ``linear_token_stats``."""
+
+    bias: Array | None
+    chunk_size: int | None
+    accumulate: Literal["float32", "weight"] | None
+    logit_scale: float | Array
+    softcap: float | Array | None
+
+
+LAYER = {
+    "bias": None, "chunk_size": None, "accumulate": None, "logit_scale": 1.0, "softcap": None,
+}  # fmt: skip
+"""The layer's options and their defaults."""
+
+
+def linear_signature(group: Any) -> Callable[[Function], Function]:
+    """The layer's options, and then those of the dense twin."""
+
+    def show(function: Function) -> Function:
+        shown = inspect.signature(signature(group)(function))
+        named = list(shown.parameters.values())
+        layer = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=group.__annotations__[name],
+            )
+            for name, default in LAYER.items()
+        ]
+        first = sum(x.kind is not x.KEYWORD_ONLY for x in named)
+        named[first:first] = layer
+        function.__signature__ = shown.replace(parameters=named)  # type: ignore[attr-defined]
+        return function
+
+    return show
+
+
+class Given(NamedTuple):
+    """The layer of one call, checked."""
+
+    layer: Layer
+    bend: Bend
+    form: Form
+    logits: Any  # their shape and dtype
+
+
+class LinearArguments(JaxArguments):
+    """The checks for logits that are never there."""
+
+    def check_logits(self, logits: Any, labels: Any) -> None:
+        """The labels of rows; the layer was checked before."""
+        self._check_array("labels", labels, self.integers)
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}; accepted: {list(logits.shape[:-1])}, the "
+                "shape of hidden without its last axis"
+            )
+
+    def layer(self, hidden: Any, weight: Any, options: dict[str, Any]) -> Given:
+        """The layer; takes its options out of the others."""
+        bias, chunk, accumulate, scale, softcap = (
+            options.pop(name, default) for name, default in LAYER.items()
+        )
+        self._check_array("hidden", hidden, self.floats)
+        self._check_array("weight", weight, (hidden.dtype,))
+        if hidden.ndim < 2 or 0 in hidden.shape:
+            raise ValueError(
+                f"hidden has shape {list(hidden.shape)}; accepted: [..., T, D], no axis of 0"
+            )
+        if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+            raise ValueError(
+                f"weight has shape {list(weight.shape)}; accepted: [V, {hidden.shape[-1]}], with "
+                "hidden's last axis"
+            )
+        if bias is not None:
+            self._check_array("bias", bias, (hidden.dtype,))
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"bias has shape {list(bias.shape)}; accepted: [{weight.shape[0]}], one per "
+                    "row of weight"
+                )
+        whole = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0
+        if chunk is not None and not whole:
+            raise ValueError(f"chunk_size is {chunk!r}; accepted: an int of 1 or more, None")
+        if accumulate not in (None, "float32", "weight"):
+            raise ValueError(f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', None")
+        logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], weight.shape[0]), hidden.dtype)  # type: ignore[no-untyped-call]
+        self.check_wide("hidden", hidden)
+        scale = self.number("logit_scale", scale, hidden, -float("inf"), float("inf"))
+        if softcap is not None:
+            softcap = self.number("softcap", softcap, hidden, 0.0, float("inf"))
+            if isinstance(softcap, int | float) and softcap == 0:
+                raise ValueError("softcap is 0; accepted: a number above 0, None")
+        bend = Bend(None if isinstance(scale, int | float) and scale == 1 else scale, softcap)
+        rows = math.prod(hidden.shape[:-1])
+        form = Form(min(chunk or CHUNK, rows), accumulate or "float32", "auto")
+        return Given(Layer(hidden, weight, bias), bend, form, logits)
+
+
+arguments = LinearArguments()

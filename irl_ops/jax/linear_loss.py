@@ -1,0 +1,152 @@
+"""Differentiable: the statistics of rows whose logits are made in chunks, and their summed loss."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from irl_ops import algebra
+from irl_ops.jax import chunks
+from irl_ops.jax.backends import BACKENDS, dispatch
+from irl_ops.jax.chunks import Bend, Layer, Linear, Sums
+from irl_ops.jax.rows import RowStats, once, row_coefficients
+from irl_ops.jax.scalar_loss import Given, Metrics, transition
+
+
+class Form(NamedTuple):
+    """What a program is made for."""
+
+    chunk: int
+    accumulate: str
+    backend: str
+    detach_next: bool = False
+    metrics: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def row_stats(form: Form, entropy: bool, layer: Layer, labels: jax.Array, bend: Bend) -> RowStats:
+    """``(row_max, logsum, label_logit, entropy)``; as ``irl_ops.jax.rows.row_stats``."""
+
+    def by(name: str) -> Any:
+        def run(layer: Layer, labels: jax.Array, bend: Bend) -> Any:
+            return chunks.row_stats(BACKENDS[name], layer, labels, bend, form.chunk, entropy)
+
+        return run
+
+    stats: RowStats = dispatch(form.backend, by, layer, labels, bend)
+    return stats
+
+
+def _stats_forward(
+    form: Form, entropy: bool, layer: Layer, labels: jax.Array, bend: Bend
+) -> tuple[RowStats, Any]:
+    layer = jax.tree.map(once, layer)
+    stats = row_stats(form, entropy, layer, labels, bend)
+    return stats, (layer, labels, bend, stats)
+
+
+def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tuple[Any, ...]:
+    layer, labels, bend, (row_max, logsum, _, h) = kept
+    _, dlogsum, dlabel_logit, dh = above
+    vectors = labels, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
+
+    def by(name: str) -> Any:
+        def run(layer: Layer, bend: Bend, *vectors: jax.Array) -> Any:
+            return chunks.row_grad(
+                BACKENDS[name], layer, bend, form.chunk, form.accumulate, *vectors
+            )
+
+        return run
+
+    dhidden, sums = dispatch(form.backend, by, layer, bend, *vectors)
+    return _layer(dhidden, sums, 1.0), None, None
+
+
+row_stats.defvjp(_stats_forward, _stats_backward)
+
+
+def statistics(
+    form: Form, entropy: bool, layer: Layer, rows: algebra.Rows, bend: Bend
+) -> algebra.Statistics:
+    """Row statistics, differentiable."""
+    return algebra.statistics(jnp, rows.labels, *row_stats(form, entropy, layer, rows.labels, bend))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_loss(
+    form: Form,
+    layer: Layer,
+    given: Given,
+    rows: algebra.Rows,
+    loss: algebra.Objective,
+    bend: Bend,
+) -> tuple[jax.Array, Metrics]:
+    """The summed loss, differentiable by layer and values, and the metrics, which are constants."""
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows, bend)
+    step = transition(rows, stats, loss.gamma, algebra.Heads(*given, form.detach_next))
+    total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
+    metrics = algebra.metrics(jnp, rows.kind, loss, stats, step) if form.metrics else None
+    return total, metrics
+
+
+class Kept(NamedTuple):
+    """The gradients, in units of ``unit``."""
+
+    dhidden: jax.Array
+    sums: Sums
+    heads: Given
+    unit: jax.Array | float
+
+
+def _forward(
+    form: Form,
+    layer: Layer,
+    given: Given,
+    rows: algebra.Rows,
+    loss: algebra.Objective,
+    bend: Bend,
+) -> tuple[tuple[jax.Array, Metrics], Kept]:
+    layer = jax.tree.map(once, layer)
+    half = layer.hidden.dtype == jnp.float16
+    unit: jax.Array | float = 1.0
+    if half:  # 1/N waits for the factor of a loss scale: alone it underflows
+        weights = [loss.mle] if loss.td is None else [loss.mle, loss.td]
+        unit = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in weights]))
+        unit = jnp.where(unit > 0, unit, 1.0)
+        td = None if loss.td is None else loss.td / unit
+        loss = loss._replace(mle=loss.mle / unit, td=td)
+
+    def by(name: str) -> Any:
+        def run(
+            layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective, bend: Bend
+        ) -> Any:
+            over = Linear(BACKENDS[name], layer, bend, form.chunk, form.accumulate)
+            heads = algebra.Heads(*given, form.detach_next)
+            out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
+            metrics = out.metrics if form.metrics else None
+            return out.loss, metrics, *out.gradient, (out.dvalues, out.dnext_values)
+
+        return run
+
+    total, metrics, *gradients = dispatch(form.backend, by, layer, given, rows, loss, bend)
+    return (total * unit if half else total, metrics), Kept(*gradients, unit)
+
+
+def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple[Any, ...]:
+    factor = above[0] * kept.unit
+    dlayer = _layer(kept.dhidden, kept.sums, factor)
+    heads = tuple(None if x is None else factor * x for x in kept.heads)
+    return dlayer, heads, None, None, None
+
+
+linear_loss.defvjp(_forward, _backward)
+
+
+def _layer(dhidden: jax.Array, sums: Sums, factor: Any) -> Layer:
+    hidden, weight, bias = (
+        None if x is None else (factor * x).astype(dhidden.dtype) for x in (dhidden, *sums)
+    )
+    return Layer(hidden, weight, bias)  # type: ignore[arg-type]
