@@ -39,14 +39,14 @@ def compile_only(self, *args, warmup=False, **options):
 
 JITFunction.run = compile_only
 driver.set_active(Absent())
-triton._current = lambda device: contextlib.nullcontext()
+triton.current = lambda device: contextlib.nullcontext()
 triton.unavailable = lambda device: None
 
 y = torch.zeros(2, 7, dtype=torch.int32)
 full = dict(
     shift=True, eos_token_id=[2, 7], boundary="bootstrap", entropy_coef=0.1, return_metrics=True,
     truncated=torch.tensor([True, False]), token_weights=torch.ones(2, 7).double(), num_items=3,
-    where=torch.ones(2, 7, dtype=torch.bool), position_ids=torch.arange(14).view(2, 7).int(),
+    z_loss=0.2, where=torch.ones(2, 7) > 0, position_ids=torch.arange(14).view(2, 7).int(),
     values=torch.zeros(2, 7), next_values=torch.zeros(2, 7).bfloat16(),
 )
 for dtype in (torch.bfloat16, torch.float32):
@@ -56,6 +56,12 @@ for dtype in (torch.bfloat16, torch.float32):
         (loss[0] if isinstance(loss, tuple) else loss).backward()
     irl.online_iqlearn_loss(q, y, torch.tensor([True, False]), backend="triton").backward()
     irl.mle_loss(q, y, reduction="none", entropy_coef=0.1, backend="triton").sum().backward()
+    irl.mle_loss(q.detach(), y, backend="triton")
+    irl.token_stats(q, y, backend="triton").value.sum().backward()
+    packed = dict(cu_seqlens=torch.tensor([0, 3, 7]), backend="triton")
+    irl.iqlearn_loss(q[0], y[0], **packed).backward()
+    tilted = torch.zeros(3, 2, 4, 2, 7, dtype=dtype)[:, :, :3].movedim(3, 1).requires_grad_()
+    irl.iqlearn_loss(tilted, y.new_zeros(3, 2, 2, 3), backend="triton").backward()
 before = len(set(compiled))
 for lam in (0.0, 0.2, 1.0, 3):  # annealing compiles nothing anew
     irl.iqlearn_loss(q, y, lam=lam, gamma=lam / 3, backend="triton").backward()
@@ -80,6 +86,6 @@ def test_every_launch_fits_its_kernel(target: str) -> None:
     assert first.startswith("0.0 ")  # num_items alone is another kernel
     assert [line.split()[1] for line in others] == ["0"] * 3
     assert names.split() == [
-        "coefficients", "label_logit", "residuals", "row_grad", "row_stats", "row_stats_grad",
-        "rows", "scale", "set_label", "totals",
+        "align", "coefficients", "finish", "label_logit", "row_grad", "row_stats",
+        "row_stats_grad", "scale", "set_label", "total",
     ]  # fmt: skip
