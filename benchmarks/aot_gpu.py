@@ -152,8 +152,10 @@ def run(job: Job) -> Result:
         problems.append("narrow loads")
     if job.matched and (code.wide_stores < promise.stores or code.narrow_stores > SCALARS):
         problems.append("narrow stores")
-    # edges take up to three more, twice; with entropy compilers repeat a few rather than keep them
-    if code.exponentials > promise.exponentials * (1.125 if job.entropy else 1) + 4:
+    # edges take up to two more, twice; with entropy compilers repeat a few rather than keep them,
+    # and where a store has to be rearranged some repeat them all
+    spare = 2 if not job.matched else 1.125 if job.entropy else 1
+    if code.exponentials > spare * promise.exponentials + (6 if job.softcap else 4):
         problems.append(f"{code.exponentials} exponentials for {promise.exponentials}")
     wanted = max(1, form.blocks * 2 // DTYPES[job.dtype])
     if blocks < wanted:

@@ -170,6 +170,7 @@ def test_the_current_stream_is_the_one():
     logits, labels = batch(512, 50257, torch.bfloat16)
     expected = step(logits, labels)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which may still be writing the logits
     with torch.cuda.stream(side):
         torch.cuda._sleep(10_000_000)  # so that a launch elsewhere would read too early
         late = torch.empty_like(logits)

@@ -53,8 +53,9 @@ OTHER = "compiled = aot_gpu.compiled\naot_gpu.compiled = lambda j, *a: compiled(
         (ENTRY.format("32768, 32, blocks=2"), 32768, "1 blocks for 2"),
         (OTHER.format("matched=False"), 16384, "narrow stores"),
         (OTHER.format("entropy=True"), 16384, "exponentials for"),
+        ("aot_gpu.SHARED['sm_80'] = 8", 16384, "bytes of shared memory"),
     ],
-    ids=["spills", "blocks", "narrow", "exponentials"],
+    ids=["spills", "blocks", "narrow", "exponentials", "shared"],
 )
 def test_what_is_missed_is_found_out(change: str, vocab: int, problem: str) -> None:
     job = f"aot_gpu.Job('row_stats_grad', 'sm_80', 'bf16', {vocab}, edges=True)"

@@ -1,5 +1,6 @@
 """Which form of the Triton kernels serves what, and which tensors the backend serves."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -126,6 +127,24 @@ def test_the_interpreter_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=r"'triton' cannot serve logits on meta: .* cuda and xpu"):
         backends.choose("triton", torch.device("meta"))
     assert triton.unavailable(torch.device("xpu")) is None
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no release for this platform"
+)
+def test_triton_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release may lie first on the path than the one whose metadata are found."""
+    import triton as language
+
+    from irl_ops import doctor
+
+    monkeypatch.setattr(language, "__version__", "3.8.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
+    assert doctor.version("triton") == "3.8.0"
+    if importlib.util.find_spec("jax") is not None:
+        from irl_ops.jax import triton as in_jax
+
+        assert in_jax._family.__wrapped__(90) == dispatch.NVIDIA_CLUSTERS
 
 
 def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
