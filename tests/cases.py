@@ -116,7 +116,13 @@ def number(draw: Any, *choices: float, zero: int = 0) -> Any:
 
 
 @st.composite
-def cases(draw: Any, names: tuple[str, ...] = LOSSES, garbage: bool = True) -> Case:
+def cases(
+    draw: Any,
+    names: tuple[str, ...] = LOSSES,
+    garbage: bool = True,
+    z_loss: bool = True,
+    readout: bool = False,  # logit_scale and softcap
+) -> Case:
     name, vocab = draw(st.sampled_from(names)), draw(st.sampled_from(VOCABS))
     lead, length = draw(st.sampled_from([(2,), (), (2, 3)])), draw(st.sampled_from([3, 5, 2, 8, 4]))
     length = 1 if rarely(draw, 15) else length
@@ -128,6 +134,11 @@ def cases(draw: Any, names: tuple[str, ...] = LOSSES, garbage: bool = True) -> C
         return scale * torch.randn(shape, generator=generator)
 
     options["entropy_coef"] = number(draw, 0.0, 0.0, 0.3, -0.1)
+    if z_loss:
+        options["z_loss"] = number(draw, 0.0, 0.0, 1e-4, 0.2)
+    if readout:
+        options["logit_scale"] = draw(st.sampled_from([1.0, 0.125, 2.5]))
+        options["softcap"] = draw(st.sampled_from([None, 30.0, 2.0]))
     if name != "mle_loss":
         options["lam"] = number(draw, 0.1, 1.5, zero=15)
         options["gamma"] = number(draw, 0.9, 1.0, 0.5, zero=15)
@@ -153,7 +164,8 @@ def cases(draw: Any, names: tuple[str, ...] = LOSSES, garbage: bool = True) -> C
     dtype = draw(st.sampled_from([torch.float32, torch.float32, *DTYPES]))
     offset, scale = draw(st.sampled_from([(0.0, 1.0), (0.0, 6.0), (1e4, 1.0), (-1e4, 1.0)]))
     logits = offset + scale * torch.randn((*shape, vocab), generator=generator)
-    if draw(st.booleans()):
+    # a softcap makes a number of -inf
+    if options.get("softcap") is None and draw(st.booleans()):
         hide(logits, labels, generator)
     if garbage and draw(st.booleans()):
         spoil(name, logits, labels, options, draw(st.sampled_from([math.nan, math.inf])))
@@ -223,21 +235,32 @@ def differentiate(function: Callable[..., Tensor], case: Case, dtype: Any = None
 def tolerance(case: Case) -> Outcome:
     """How far float32 arithmetic may be off: EPS times the sum of the sizes of the terms."""
     options, shape = case.options, case.labels.shape
-    q = case.logits.double()
+    x = case.logits.double()
+    q = naive.readout(x, options)
     log_vocab = math.log(q.shape[-1])
-    _, batch = naive.loss(case.name, q, case.labels, **options)
+    _, batch = naive.loss(case.name, x, case.labels, **options)
     above = torch.as_tensor(case.upstream, dtype=torch.float64).abs().expand(shape)
     gamma, kappa = float(options.get("gamma", 1.0)), abs(float(options.get("entropy_coef", 0.0)))
+    zeta = float(options.get("z_loss", 0.0))
     with_values = options.get("values") is not None
+    slope = read_slope(x, options)
     loss, per_logit, per_value, per_next = [], [], [], []
-    for sequence, logits, upstream in zip(
-        batch, q.reshape(-1, *q.shape[-2:]), above.reshape(-1, shape[-1]).tolist(), strict=True
+    for sequence, logits, slopes, upstream in zip(
+        batch,
+        q.reshape(-1, *q.shape[-2:]),
+        slope.reshape(-1, *q.shape[-2:]),
+        above.reshape(-1, shape[-1]).tolist(),
+        strict=True,
     ):
         from_before = 0.0  # what row t - 1 sends to row t
         for t, (row, g) in enumerate(zip(sequence, upstream, strict=True)):
             m, d = abs(row.m), abs(row.d)
             bonus = kappa * (1 + 2 * log_vocab)
             v = naive.logsumexp(logits[t]).item()
+            # logits that are scaled or capped are rounded first, so that log p is off by as much
+            reach = 0.0
+            if options.get("softcap") is not None or options.get("logit_scale", 1.0) != 1.0:
+                reach = logits[t].nan_to_num(0, 0, 0).abs().max().item()
             size, delta, surprise = 0.0, 0.0, 0.0
             if d:
                 size = abs(logits[t, row.label].item()) + gamma * abs(row.next_value.item())
@@ -245,14 +268,21 @@ def tolerance(case: Case) -> Outcome:
                 delta = abs(row.reward.item())
             if m:
                 surprise = abs(row.logprob.item()) + 1 + log_vocab + bonus
+                surprise += 2 * reach * (1 + bonus) + 3 * abs(zeta) * v**2
             loss.append(EPS * (m * surprise + d * (2 * delta * size + delta**2 + EPS * size**2)))
 
             u = g * 2 * d * size
             logp = (logits[t] - v).nan_to_num(0, neginf=0)
             a = g * m * (1 + bonus) + from_before * (not with_values) + u * with_values
-            error = a * logp.exp() * (1 + logp.abs()) ** 2 * (logits[t] != -math.inf)
+            a += g * m * 2 * abs(zeta * v)
+            part = a * logp.exp() * (1 + logp.abs()) * (logits[t] != -math.inf)
+            error = part * (1 + logp.abs() + 2 * reach)
             if row.label is not None:
-                error[row.label] += a + g * m + u  # (p - 1) A + (A + C), exact where p is near 1
+                part[row.label] += a + g * m + u  # (p - 1) A + (A + C), exact where p is near 1
+                error[row.label] += (a + g * m + u) * (1 + reach)
+            error *= slopes[t]
+            if options.get("softcap") is not None:  # 1 - tanh^2 is off by roundings of 1
+                error += 3 * part * abs(float(options.get("logit_scale", 1.0)))
             per_logit.append(EPS * error)
             per_value.append(EPS * (u + from_before))
             per_next.append(EPS * gamma * u)
@@ -266,9 +296,18 @@ def tolerance(case: Case) -> Outcome:
     )
 
 
+def read_slope(x: Tensor, options: dict[str, Any]) -> Tensor:
+    """dq/dx of ``naive.readout``, without its sign."""
+    scale, cap = abs(float(options.get("logit_scale", 1.0))), options.get("softcap")
+    if cap is None:
+        return torch.full_like(x, scale)
+    return scale * (1 - torch.tanh(scale * x / float(cap)) ** 2)
+
+
 def magnitude(case: Case) -> float:
     """The largest number that a row's statistics are computed from."""
-    given = [case.logits, case.options.get("values"), case.options.get("next_values")]
+    q = naive.readout(case.logits.double(), case.options)
+    given = [q, case.options.get("values"), case.options.get("next_values")]
     finite = [x.double().masked_fill(x.isinf(), 0).abs().max() for x in given if x is not None]
     return math.log(case.logits.shape[-1]) + sum(x.item() for x in finite)
 

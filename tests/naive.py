@@ -23,6 +23,8 @@ class Row:
     value: Tensor
     logprob: Tensor
     entropy: Tensor
+    logsum: Tensor  # V of the logits; ``value`` may be that of a value head
+    correct: bool  # no logit is above the label's
     next_value: Tensor = field(default_factory=lambda: zero())
     reward: Tensor = field(default_factory=lambda: zero())
     m: float = 0.0
@@ -40,6 +42,13 @@ def logsumexp(q: Tensor) -> Tensor:
 def entropy(q: Tensor) -> Tensor:
     logp = q[q != -math.inf] - logsumexp(q)
     return -(logp.exp() * logp).sum()
+
+
+def readout(x: Tensor, options: dict[str, Any]) -> Tensor:
+    """The Q-values of logits that are scaled and soft-capped."""
+    scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+    q = x * float(scale)
+    return q if cap is None else float(cap) * torch.tanh(q / float(cap))
 
 
 def joins(t: int, packing: dict[str, Any], b: int, length: int) -> bool:
@@ -115,7 +124,9 @@ def flag(flags: Tensor | None, labels: Tensor, b: int, t: int) -> bool:
 def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[list[Row]]:
     """Every row with its kind and its statistics; logits are float64."""
     length, vocab = labels.shape[-1], logits.shape[-1]
-    q = logits.reshape(-1, length, vocab)
+    # row by row, so that no gradient reaches a row that no term uses
+    sequences = logits.reshape(-1, length, vocab)
+    q = [[readout(row, options) for row in sequence] for sequence in sequences]
     given = (options.get("values"), options.get("next_values"))
     values, next_values = (None if x is None else x.double() for x in given)
     gamma = float(options.get("gamma", 1.0))
@@ -124,7 +135,7 @@ def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[lis
     for b, sequence in enumerate(aligned):
         rows = []
         for t, label in enumerate(sequence):
-            v = logsumexp(q[b, t])
+            v = own = logsumexp(q[b][t])
             kind = kind_of(
                 label,
                 has_next(b, t),
@@ -132,10 +143,12 @@ def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[lis
                 flag(options.get("truncated"), labels, b, t),
                 options,
             )
-            logprob = zero() if label is None else q[b, t, label] - v
+            logprob = zero() if label is None else q[b][t][label] - v
             if values is not None:
                 v = values.reshape(-1, length)[b, t]
-            rows.append(Row(label, kind, has_next(b, t), v, logprob, entropy(q[b, t])))
+            correct = label is not None and bool(q[b][t][label] >= q[b][t].max())
+            h = entropy(q[b][t])
+            rows.append(Row(label, kind, has_next(b, t), v, logprob, h, own, correct))
         for t, row in enumerate(rows):
             if row.kind == BOOTSTRAP:
                 if next_values is not None:
@@ -145,7 +158,7 @@ def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[lis
                 if options.get("detach_next", False):
                     row.next_value = row.next_value.detach()
             if row.kind in (TERMINAL, BOOTSTRAP):
-                label_value = q[b, t, row.label] if values is None else row.value + row.logprob
+                label_value = q[b][t][row.label] if values is None else row.value + row.logprob
                 row.reward = label_value - gamma * row.next_value
         batch.append(rows)
     return batch
@@ -195,6 +208,7 @@ def loss(name: str, logits: Tensor, labels: Tensor, **options: Any) -> tuple[Ten
     batch = rows_of(logits, labels, options)
     weigh(batch, name, labels, options)
     kappa = float(options.get("entropy_coef", 0.0))
+    zeta = float(options.get("z_loss", 0.0))
     per_row = []
     for row in (row for sequence in batch for row in sequence):
         total = zero()
@@ -202,6 +216,8 @@ def loss(name: str, logits: Tensor, labels: Tensor, **options: Any) -> tuple[Ten
             total = total - row.m * row.logprob
             if kappa != 0:
                 total = total - row.m * kappa * row.entropy
+            if zeta != 0:
+                total = total + row.m * zeta * row.logsum**2
         if row.d != 0:
             total = total + row.d * row.reward**2
         per_row.append(total)
@@ -221,7 +237,9 @@ def token_stats(logits: Tensor, labels: Tensor, **options: Any) -> dict[str, Ten
     return out
 
 
-def metrics(batch: list[list[Row]], name: str, with_entropy: bool) -> dict[str, float]:
+def metrics(
+    batch: list[list[Row]], name: str, with_entropy: bool, with_z: bool = False
+) -> dict[str, float]:
     """Plain means over plain lists."""
 
     def mean(xs: list[float]) -> float:
@@ -233,8 +251,11 @@ def metrics(batch: list[list[Row]], name: str, with_entropy: bool) -> dict[str, 
     out = {
         "nll": mean([-row.logprob.item() for row in labelled]),
         "value": mean([row.value.item() for row in labelled]),
+        "accuracy": mean([float(row.correct) for row in labelled]),
         "tokens": float(len(labelled)),
     }
+    if with_z:
+        out["z"] = mean([row.logsum.item() ** 2 for row in labelled])
     if with_entropy:
         out["entropy"] = mean([row.entropy.item() for row in labelled])
     if name != "mle_loss":

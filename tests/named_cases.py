@@ -63,6 +63,12 @@ CASES = {
     "entropy": case(entropy_coef=0.3),
     "entropy alone": case("mle_loss", entropy_coef=0.3),
     "MLE": case("mle_loss"),
+    "z_loss": case(z_loss=0.3),
+    "z_loss, MLE": case("mle_loss", z_loss=torch.tensor(0.3)),
+    "z_loss, values": case(z_loss=0.3, values=heads(1), next_values=heads(2)),
+    "z_loss, experts and agents": case(
+        "online_iqlearn_loss", TWO, is_expert=EXPERT, alpha=0.3, z_loss=0.3, entropy_coef=0.2
+    ),
     "values": case(values=heads(1)),
     "values, detached": case(values=heads(1), detach_next=True),
     "values, of two sequences": case(labels=TWO, values=heads(1, 2), boundary="bootstrap"),
