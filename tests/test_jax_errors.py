@@ -1,5 +1,6 @@
 """Bad input raises when it is traced, and says which argument, what came and what is accepted."""
 
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import irl_ops.jax as irl
+import irl_ops.torch
 from irl_ops.jax import native, pallas, triton
 
 V = 17
@@ -17,14 +19,18 @@ LOGITS = jnp.zeros((2, 3, V))
 LABELS = jnp.zeros((2, 3), jnp.int32)
 EXPERT = jnp.array([True, False])
 ROWS = jnp.zeros((2, 3))
-FLOATS = "float32, bfloat16, float16"
+FLOATS = "float32, bfloat16, float16, float64"
 
 # (change of the arguments, error, what the message says)
 Bad = list[tuple[dict[str, Any], type, str]]
 SHARED: Bad = [
     (dict(logits=LOGITS.tolist()), TypeError, r"logits is a list; accepted: a jax\.Array"),
     (dict(labels=[1, 2, 3]), TypeError, r"labels is a list; accepted: a jax\.Array"),
-    (dict(logits=np.zeros((2, 3, V))), TypeError, rf"logits is float64; accepted: {FLOATS}"),
+    (
+        dict(logits=np.zeros((2, 3, V))),
+        TypeError,
+        "logits is float64 and JAX's 64-bit types are off",
+    ),
     (dict(logits=LOGITS.astype(int)), TypeError, rf"logits is int32; accepted: {FLOATS}"),
     (dict(labels=ROWS), TypeError, r"labels is float32; accepted: int32, int64"),
     (dict(labels=LABELS.astype("int16")), TypeError, r"labels is int16; accepted: int32, int64"),
@@ -59,11 +65,15 @@ SHARED: Bad = [
         r"truncated has shape \[3\]; accepted: \[2, 3\], .*or that without its last axis",
     ),
     (dict(backend="cuda"), ValueError, r"backend is 'cuda'; accepted: 'auto', 'pallas', 'triton'"),
+    (dict(eos_token_id=V), ValueError, r"eos_token_id is 17; accepted: tokens from 0 to 16"),
+    (dict(z_coef=9.0), TypeError, r"\w+ has no option 'z_coef'; accepted: .*ignore_index"),
     (dict(backend=None), ValueError, "backend is None; accepted"),
 ]
 HEADS: Bad = [
     (dict(gamma=1.5), ValueError, r"gamma is 1\.5; accepted: \[0\.0, 1\.0\]"),
     (dict(gamma=float("nan")), ValueError, r"gamma is nan; accepted: \[0\.0, 1\.0\]"),
+    (dict(gamma=jnp.array(2.0)), ValueError, r"gamma is 2\.0; accepted: \[0\.0, 1\.0\]"),
+    (dict(gamma=np.float32(2)), ValueError, r"gamma is 2\.0; accepted: \[0\.0, 1\.0\]"),
     (dict(gamma="1"), TypeError, r"gamma is '1'; accepted: a number or a 0-d array"),
     (dict(gamma=jnp.ones(2)), ValueError, r"gamma has shape \[2\]; accepted: a number, a 0-d"),
     (dict(gamma=jnp.array(1j)), TypeError, r"gamma is complex64; accepted: .*floats"),
@@ -93,6 +103,8 @@ ONE_NUMBER: Bad = [
 ]
 TD: Bad = [
     (dict(lam=-0.1), ValueError, r"lam is -0\.1; accepted: \[0\.0, inf\)"),
+    (dict(lam=np.array(-1.0)), ValueError, r"lam is -1\.0; accepted: \[0\.0, inf\)"),
+    (dict(lam=np.int64(-1)), ValueError, r"lam is -1\.0; accepted: \[0\.0, inf\)"),
     (dict(lam=float("inf")), ValueError, r"lam is inf; accepted: \[0\.0, inf\)"),
     (dict(lam=True), TypeError, r"lam is True; accepted: a number or a 0-d array"),
     (dict(lam=jnp.ones(1)), ValueError, r"lam has shape \[1\]; accepted: a number, a 0-d array"),
@@ -134,6 +146,40 @@ def test_the_arguments_are_good_otherwise(name: str) -> None:
     call(name)
     with pytest.raises(TypeError, match="lambda_"):
         call(name, lambda_=1.0)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([3, 6], r"cu_seqlens\[0\] is 3; accepted: offsets"),
+        ([0, 4, 2, 6], r"cu_seqlens\[2\] is 2 behind 4; accepted: offsets"),
+        ([0, 4], r"cu_seqlens\[1\] is 4; accepted: offsets .* the 6 rows"),
+    ],
+)
+def test_offsets(offsets: list[int], message: str) -> None:
+    logits, labels = LOGITS.reshape(6, V), LABELS.reshape(6)
+    given = jnp.array(offsets)
+    for function in (irl.iqlearn_loss, irl.mle_loss, irl.token_stats):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            function(logits, labels, cu_seqlens=given)
+    # of traced ones nothing is known: every label counts as a bad one
+    assert jnp.isnan(jax.jit(lambda x: irl.iqlearn_loss(logits, labels, cu_seqlens=x))(given))
+
+
+@pytest.mark.parametrize("one", [np.float32(0.5), np.array(0.5), np.float64(0.5), jnp.array(0.5)])
+def test_numbers_of_numpy_and_jax(one: Any) -> None:
+    wanted = irl.iqlearn_loss(LOGITS, LABELS, lam=0.5, gamma=0.5)
+    assert irl.iqlearn_loss(LOGITS, LABELS, lam=one, gamma=one) == wanted
+    assert jax.jit(lambda x: irl.iqlearn_loss(LOGITS, LABELS, lam=x, gamma=x))(one) == wanted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_signatures_are_those_of_torch(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (irl, irl_ops.torch))
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+    assert "options" not in ours and "backend" in ours
 
 
 def test_bad_input_raises_while_a_program_is_traced() -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,11 @@ def test_metrics(backend: str, case: Case) -> None:
     assert_close(tensor(loss), expected, tolerance(case).loss, 1)
     with_entropy = not isinstance(coefficient, float) or coefficient != 0
     expected = naive.metrics(batch, case.name, with_entropy)
+    rows = zip(
+        (r for s in batch for r in s), case.logits.reshape(-1, case.logits.shape[-1]), strict=True
+    )
+    right = [float(q[r.label] == q.max()) for r, q in rows if r.label is not None]
+    expected["accuracy"] = sum(right) / len(right) if right else 0.0
     assert set(metrics) == set(others) == set(expected)
     size = magnitude(case)
     for name, number in expected.items():
@@ -93,7 +99,22 @@ def test_token_stats(backend: str, case: Case, entropy: bool) -> None:
     logits, labels, options = arrays(case)
     stats = fused(logits, labels, **options)
     expected = naive.token_stats(case.logits.double(), case.labels, **case.options)
-    assert stats._fields == ("value", "logprob", "entropy", "reward", "next_value", "kind")
+    assert stats._fields == (
+        "value",
+        "logprob",
+        "entropy",
+        "reward",
+        "next_value",
+        "kind",
+        "correct",
+    )
+    right = np.asarray(logits, np.float32)
+    aligned, _ = naive.align(case.labels, case.options)
+    labelled = np.array([[y is not None for y in s] for s in aligned]).reshape(labels.shape)
+    column = np.array([[y or 0 for y in s] for s in aligned]).reshape(labels.shape)
+    right = np.take_along_axis(right, column[..., None], -1)[..., 0] == right.max(-1)
+    assert stats.correct.dtype == bool
+    np.testing.assert_array_equal(stats.correct, labelled & right)
     assert stats.kind.dtype == np.int8
     np.testing.assert_array_equal(stats.kind, expected["kind"].numpy())
     assert (stats.entropy is None) == (not entropy)
@@ -164,3 +185,126 @@ def test_a_label_out_of_range_gives_nan(backend: str, label: int) -> None:
         assert np.isnan(loss) and dlogits.shape == logits.shape
         assert np.isnan(run(logits, labels, backend=backend))
     assert np.isnan(irl.token_stats(logits, labels, backend=backend).logprob[1, 2])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["iqlearn_loss", "mle_loss", "online_iqlearn_loss"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_z_loss(backend: str, dtype: str, name: str, reduction: str) -> None:
+    """+ zeta w/N V^2 on the labelled rows, those of the expert; torch's autograd in float64."""
+    generator = torch.Generator().manual_seed(5)
+    q = (3 * torch.randn(2, 4, 17, generator=generator)).to(getattr(torch, dtype))
+    labels = torch.randint(17, (2, 4), generator=generator)
+    labels[0, 1] = -100
+    expert = torch.tensor([True, False])
+    online = name.startswith("online")
+    leaf = q.double().requires_grad_()
+    labelled = (labels != -100) & (expert[:, None] if online else True)
+    share = labelled / (labelled.sum() if reduction == "mean" else 1)
+    options = dict(lam=0.3, gamma=0.9) if name != "mle_loss" else {}
+    rest = naive.loss(
+        name,
+        leaf,
+        labels,
+        reduction=reduction,
+        **options,
+        **({"is_expert": expert} if online else {}),
+    )[0]
+    added = 0.07 * share * torch.logsumexp(leaf, -1) ** 2
+    expected = rest + added if reduction == "none" else rest + added.sum()
+    expected.sum().backward()
+
+    def run(q: Any, zeta: Any) -> Any:
+        first = [expert.numpy()] if online else []
+        return getattr(irl, name)(
+            q,
+            labels.numpy(),
+            *first,
+            z_loss=zeta,
+            reduction=reduction,
+            backend=backend,
+            return_metrics=True,
+            **options,
+        )
+
+    for zeta in (0.07, jnp.array(0.07)):
+        (loss, metrics), pull = jax.vjp(lambda q, zeta=zeta: run(q, zeta), q.numpy())
+        np.testing.assert_allclose(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+        zeros = jax.tree.map(jnp.zeros_like, metrics)
+        dlogits = pull((jnp.ones_like(loss), zeros))[0]
+        rounding = 1e-5 if dtype == "float32" else 2e-3
+        np.testing.assert_allclose(dlogits, leaf.grad, rtol=rounding, atol=rounding)
+        z = (torch.logsumexp(q.double(), -1)[labels != -100] ** 2).mean()
+        np.testing.assert_allclose(metrics["z"], z, rtol=1e-5)
+
+
+@given(case=cases())
+@settings(max_examples=15)
+def test_float64(case: Case) -> None:
+    """Everything in float64, by "reference"; JAX without 64-bit types refuses it."""
+    logits, labels, _ = arrays(case)
+    with pytest.raises(TypeError, match="logits is float64 and JAX's 64-bit types are off"):
+        irl.token_stats(logits.astype("float64"), labels)
+    if any(case.options.get(n) is not None for n in ("values", "next_values")):
+        return  # their gradients are rounded to their own dtypes
+    case.leaf = case.leaf.double()
+    with jax.enable_x64(True):
+        actual = differentiate(getattr(irl, case.name), case)
+    expected = differentiate_torch(
+        lambda *a, **k: naive.loss(case.name, *a, **k)[0], case, torch.float64
+    )
+    assert actual.loss.dtype == actual.logits.dtype == torch.float64
+    # options that are float32 arrays come as they are; sums of numbers up to 1e8 nearly cancel
+    size = 1 + expected.loss.abs().max().item()
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-8, atol=1e-8 * size)
+    size = 1 + expected.logits.nan_to_num(0, 0, 0).abs().max().item()
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-7, atol=1e-8 * size)
+
+
+def test_derivatives_by_finite_differences() -> None:
+    from jax.test_util import check_grads
+
+    with jax.enable_x64(True):
+        logits = jax.random.normal(jax.random.key(0), (2, 4, 7), "float64")
+        labels = jnp.array([[1, 2, -100, 3], [0, 6, 5, 5]])
+        for run in (partial(irl.iqlearn_loss, z_loss=0.1, entropy_coef=0.1), irl.mle_loss):
+            check_grads(lambda q, run=run: run(q, labels), (logits,), 1, ("rev",))
+        check_grads(lambda q: irl.token_stats(q, labels, gamma=0.9)[:5], (logits,), 1, ("rev",))
+        for backend in ("native", "pallas"):
+            with pytest.raises(
+                ValueError, match=f"backend '{backend}' cannot serve float64 logits"
+            ):
+                irl.iqlearn_loss(logits, labels, backend=backend)
+
+
+@every_backend
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_label_of_probability_0_has_an_infinite_loss(backend: str, inplace: bool) -> None:
+    logits = np.array([[0.5, -np.inf, 1.0], [0.0, 1.0, -1.0], [1.0, 0.0, 2.0]], np.float32)
+    labels = np.array([1, 0, 2], np.int32)
+    run = partial(irl.iqlearn_loss, lam=0.5, inplace=inplace, backend=backend)
+    loss, dlogits = jax.value_and_grad(run)(logits, labels)
+    assert loss == np.inf
+    assert dlogits[0, 1] == -np.inf  # towards the label
+    assert np.isfinite(dlogits[0, [0, 2]]).all()
+    assert (dlogits[1] == np.inf).all()  # p (A + ...), A = -gamma u = inf; none is NaN
+    finite = jax.grad(run)(np.maximum(logits, -5), labels)
+    np.testing.assert_allclose(dlogits[2], finite[2], rtol=1e-5)
+
+
+@every_backend
+def test_float16_gradients_whose_parts_overflow(backend: str) -> None:
+    """p_a A is beyond float16, p_a A + C is not: the label's element is rounded once."""
+    logits = np.zeros((1, 2, 4), np.float16)
+    logits[0, 0, 0] = 300  # label's: u_0 = 2 lam (300 - V_1), A_1 = 1 - u_0
+    logits[0, 1, 1] = 20
+    labels = np.array([[0, 1]], np.int32)
+    options = dict(lam=125.0, gamma=1.0, reduction="sum")
+    q = torch.from_numpy(logits).double().requires_grad_()
+    naive.loss("iqlearn_loss", q, torch.from_numpy(labels), **options)[0].backward()
+    run = partial(irl.iqlearn_loss, inplace=True, backend=backend, **options)
+    dlogits = np.asarray(jax.grad(run)(logits, labels), np.float64)
+    fits = q.grad.abs() < 65504
+    assert abs(q.grad[0, 1, 1]) < 65504
+    np.testing.assert_allclose(dlogits[fits], q.grad[fits], rtol=2e-3, atol=1)

@@ -188,6 +188,7 @@ CONSTANTS = {
     "lam": 0.1,
     "gamma": 0.9,
     "entropy_coef": 0.1,
+    "z_loss": 0.1,
     "num_items": 3.0,
     "token_weights": jnp.ones(LABELS.shape),
 }

@@ -185,7 +185,8 @@ class Linear:
 
             # rows that nobody needs cost no product; the device decides
             needed = jnp.any(alpha != algebra.UNREAD)
-            return lax.cond(needed, work, skip, carry)
+            made: tuple[Carry, Any] = lax.cond(needed, work, skip, carry)
+            return made
 
         nothing = jnp.zeros(1, given.beta.dtype)
         carry = (Sums.zeros(layer, self.accumulate), nothing)
@@ -230,7 +231,10 @@ def row_grad(
             return sums.add(bend.back(dq, q), hidden, flat_layer)
 
         wanted = jnp.any((seen[3] != 0) | (seen[4] != 0) | (seen[5] != 0))
-        return lax.cond(wanted, work, lambda sums: (sums, jnp.zeros_like(hidden)), sums)
+        made: tuple[Sums, jax.Array] = lax.cond(
+            wanted, work, lambda sums: (sums, jnp.zeros_like(hidden)), sums
+        )
+        return made
 
     sums = Sums.zeros(flat_layer, accumulate)
     sums, dhidden = backwards(body, sums, flat[0].shape[0], chunk)
