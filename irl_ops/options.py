@@ -84,7 +84,43 @@ class StatsOptions(SequenceOptions[Array], HeadOptions[Array], total=False):
     backend: str
 
 
+class LayerOptions(TypedDict, Generic[Array], total=False):
+    """Of losses that compute the logits themselves: the layer, and how its chunks are added up."""
+
+    bias: Array | None
+    chunk_size: int | None
+    accumulate: Literal["float32", "weight"] | None
+    logit_scale: float | Array
+    softcap: float | Array | None
+
+
+class LinearIQLearnOptions(LayerOptions[Array], IQLearnOptions[Array], total=False):
+    """Of ``linear_iqlearn_loss``: those of its dense twin, and of the layer."""
+
+
+class LinearMLEOptions(LayerOptions[Array], MLEOptions[Array], total=False):
+    """Of ``linear_mle_loss``."""
+
+
+class LinearOnlineOptions(LayerOptions[Array], OnlineOptions[Array], total=False):
+    """Of ``linear_online_iqlearn_loss``."""
+
+
+class LinearStatsOptions(LayerOptions[Array], StatsOptions[Array], total=False):
+    """Of ``linear_token_stats``."""
+
+
+LAYER: dict[str, Any] = {
+    "bias": None,
+    "chunk_size": None,
+    "accumulate": None,
+    "logit_scale": 1.0,
+    "softcap": None,
+}
+"""The defaults of the layer's options."""
+
 DEFAULTS: dict[str, Any] = {
+    **LAYER,
     "alpha": 0.1,
     "lam": 0.1,
     "gamma": 1.0,

@@ -35,7 +35,7 @@ A pass knows kernels and no loss; the stages know no kernel.
 """
 
 from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients
-from irl_ops.algebra.drive import Outcome, loss_and_grad
+from irl_ops.algebra.drive import Finish, Outcome, loss_and_grad
 from irl_ops.algebra.finish import (
     Finished,
     Statistics,
@@ -73,6 +73,7 @@ __all__ = [
     "UNREAD",
     "Coefficients",
     "Edge",
+    "Finish",
     "Finished",
     "Heads",
     "Objective",

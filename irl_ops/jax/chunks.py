@@ -83,7 +83,8 @@ def label_logit(layer: Layer, labels: jax.Array, bend: Bend, chunk: int) -> jax.
         q = bend(x if layer.bias is None else x + _wide(layer.bias[column]))
         return None, jnp.where(label < 0, 0.0, jnp.where(label >= vocab, jnp.nan, q))
 
-    return backwards(body, None, flat.shape[0], chunk)[1].reshape(labels.shape)
+    picked: jax.Array = backwards(body, None, flat.shape[0], chunk)[1]
+    return picked.reshape(labels.shape)
 
 
 def backwards(body: Body, carry: Carry, rows: int, chunk: int) -> tuple[Carry, Any]:

@@ -14,18 +14,18 @@ from irl_ops.call import read_loss, read_stats
 from irl_ops.jax.arguments import Array
 from irl_ops.jax.chunks import Bend, Layer
 from irl_ops.jax.forward import Loss
-from irl_ops.jax.linear_arguments import (
-    LinearIQLearnOptions,
-    LinearMLEOptions,
-    LinearOnlineOptions,
-    LinearStatsOptions,
-    arguments,
-    linear_signature,
-)
+from irl_ops.jax.linear_arguments import arguments
 from irl_ops.jax.linear_loss import Form, linear_loss, statistics
 from irl_ops.jax.program import computed_in, heads_of, join, objective, part, rows_of
 from irl_ops.jax.scalar_loss import transition
 from irl_ops.jax.tokens import TokenStats
+from irl_ops.options import (
+    LinearIQLearnOptions,
+    LinearMLEOptions,
+    LinearOnlineOptions,
+    LinearStatsOptions,
+    signature,
+)
 
 
 @overload
@@ -35,7 +35,7 @@ def linear_iqlearn_loss(
     labels: Array,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[LinearIQLearnOptions],
+    **options: Unpack[LinearIQLearnOptions[Array]],
 ) -> jax.Array: ...
 
 
@@ -46,7 +46,7 @@ def linear_iqlearn_loss(
     labels: Array,
     *,
     return_metrics: Literal[True],
-    **options: Unpack[LinearIQLearnOptions],
+    **options: Unpack[LinearIQLearnOptions[Array]],
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
@@ -57,18 +57,18 @@ def linear_iqlearn_loss(
     labels: Array,
     *,
     return_metrics: bool,
-    **options: Unpack[LinearIQLearnOptions],
+    **options: Unpack[LinearIQLearnOptions[Array]],
 ) -> Loss: ...
 
 
-@linear_signature(LinearIQLearnOptions)
+@signature(LinearIQLearnOptions)
 def linear_iqlearn_loss(
     hidden: Array,
     weight: Array,
     labels: Array,
     *,
     return_metrics: bool = False,
-    **options: Unpack[LinearIQLearnOptions],
+    **options: Unpack[LinearIQLearnOptions[Array]],
 ) -> Loss:
     r"""``iqlearn_loss`` of the logits hidden weight^T + bias, which are never stored.
 
@@ -130,7 +130,7 @@ def linear_mle_loss(
     labels: Array,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[LinearMLEOptions],
+    **options: Unpack[LinearMLEOptions[Array]],
 ) -> jax.Array: ...
 
 
@@ -141,7 +141,7 @@ def linear_mle_loss(
     labels: Array,
     *,
     return_metrics: Literal[True],
-    **options: Unpack[LinearMLEOptions],
+    **options: Unpack[LinearMLEOptions[Array]],
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
@@ -152,18 +152,18 @@ def linear_mle_loss(
     labels: Array,
     *,
     return_metrics: bool,
-    **options: Unpack[LinearMLEOptions],
+    **options: Unpack[LinearMLEOptions[Array]],
 ) -> Loss: ...
 
 
-@linear_signature(LinearMLEOptions)
+@signature(LinearMLEOptions)
 def linear_mle_loss(
     hidden: Array,
     weight: Array,
     labels: Array,
     *,
     return_metrics: bool = False,
-    **options: Unpack[LinearMLEOptions],
+    **options: Unpack[LinearMLEOptions[Array]],
 ) -> Loss:
     """``mle_loss`` of logits that are never stored; the layer's arguments are those of
     ``linear_iqlearn_loss``.
@@ -188,7 +188,7 @@ def linear_online_iqlearn_loss(
     is_expert: Array,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[LinearOnlineOptions],
+    **options: Unpack[LinearOnlineOptions[Array]],
 ) -> jax.Array: ...
 
 
@@ -200,7 +200,7 @@ def linear_online_iqlearn_loss(
     is_expert: Array,
     *,
     return_metrics: Literal[True],
-    **options: Unpack[LinearOnlineOptions],
+    **options: Unpack[LinearOnlineOptions[Array]],
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
@@ -212,11 +212,11 @@ def linear_online_iqlearn_loss(
     is_expert: Array,
     *,
     return_metrics: bool,
-    **options: Unpack[LinearOnlineOptions],
+    **options: Unpack[LinearOnlineOptions[Array]],
 ) -> Loss: ...
 
 
-@linear_signature(LinearOnlineOptions)
+@signature(LinearOnlineOptions)
 def linear_online_iqlearn_loss(
     hidden: Array,
     weight: Array,
@@ -224,7 +224,7 @@ def linear_online_iqlearn_loss(
     is_expert: Array,
     *,
     return_metrics: bool = False,
-    **options: Unpack[LinearOnlineOptions],
+    **options: Unpack[LinearOnlineOptions[Array]],
 ) -> Loss:
     """``online_iqlearn_loss`` of logits that are never stored; the layer's arguments are those of
     ``linear_iqlearn_loss``, ``is_expert`` is bool ``[...]`` (one per sequence) or ``[..., T]``.
@@ -242,9 +242,9 @@ def linear_online_iqlearn_loss(
     )
 
 
-@linear_signature(LinearStatsOptions)
+@signature(LinearStatsOptions)
 def linear_token_stats(
-    hidden: Array, weight: Array, labels: Array, **options: Unpack[LinearStatsOptions]
+    hidden: Array, weight: Array, labels: Array, **options: Unpack[LinearStatsOptions[Array]]
 ) -> TokenStats:
     """``token_stats`` of logits that are never stored.
 

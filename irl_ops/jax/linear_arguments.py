@@ -1,90 +1,18 @@
-"""Which arguments the linear losses accept, and how they show them."""
+"""Which arguments the linear losses accept."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 
-from irl_ops.jax.arguments import Array, JaxArguments
+from irl_ops.jax.arguments import JaxArguments
 from irl_ops.jax.chunks import Bend, Layer
 from irl_ops.jax.linear_loss import Form
-from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, StatsOptions, signature
+from irl_ops.options import LAYER
 
 CHUNK = 1024  # rows; a chunk's logits are a sixteenth of those of 16384
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class LinearIQLearnOptions(IQLearnOptions[Array], total=False):
-    """Of ``linear_iqlearn_loss``: those of its dense twin, and of the layer."""
-
-    bias: Array | None
-    chunk_size: int | None
-    accumulate: Literal["float32", "weight"] | None
-    logit_scale: float | Array
-    softcap: float | Array | None
-
-
-class LinearMLEOptions(MLEOptions[Array], total=False):
-    """Of ``linear_mle_loss``."""
-
-    bias: Array | None
-    chunk_size: int | None
-    accumulate: Literal["float32", "weight"] | None
-    logit_scale: float | Array
-    softcap: float | Array | None
-
-
-class LinearOnlineOptions(OnlineOptions[Array], total=False):
-    """Of ``linear_online_iqlearn_loss``."""
-
-    bias: Array | None
-    chunk_size: int | None
-    accumulate: Literal["float32", "weight"] | None
-    logit_scale: float | Array
-    softcap: float | Array | None
-
-
-class LinearStatsOptions(StatsOptions[Array], total=False):
-    """Of ``linear_token_stats``."""
-
-    bias: Array | None
-    chunk_size: int | None
-    accumulate: Literal["float32", "weight"] | None
-    logit_scale: float | Array
-    softcap: float | Array | None
-
-
-LAYER = {
-    "bias": None, "chunk_size": None, "accumulate": None, "logit_scale": 1.0, "softcap": None,
-}  # fmt: skip
-"""The layer's options and their defaults."""
-
-
-def linear_signature(group: Any) -> Callable[[Function], Function]:
-    """The layer's options, and then those of the dense twin."""
-
-    def show(function: Function) -> Function:
-        shown = inspect.signature(signature(group)(function))
-        named = list(shown.parameters.values())
-        layer = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=group.__annotations__[name],
-            )
-            for name, default in LAYER.items()
-        ]
-        first = sum(x.kind is not x.KEYWORD_ONLY for x in named)
-        named[first:first] = layer
-        function.__signature__ = shown.replace(parameters=named)  # type: ignore[attr-defined]
-        return function
-
-    return show
 
 
 class Given(NamedTuple):

@@ -132,7 +132,7 @@ def _forward(
         return run
 
     total, metrics, *gradients = dispatch(form.backend, by, layer, given, rows, loss, bend)
-    return (total * unit if half else total, metrics), Kept(*gradients, unit)
+    return (total * unit if half else total, metrics), Kept(*gradients, unit)  # type: ignore[call-arg]
 
 
 def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple[Any, ...]:

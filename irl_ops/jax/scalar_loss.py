@@ -121,8 +121,9 @@ class Dense:
 
     def label_logit(self, labels: jax.Array) -> jax.Array:
         """``q[label]``, and a note of it."""
-        self.picked: jax.Array = self.kernels.label_logit(self.logits, labels)
-        return self.picked
+        picked: jax.Array = self.kernels.label_logit(self.logits, labels)
+        self.picked = picked
+        return picked
 
     def stats_grad(
         self, labels: jax.Array, given: algebra.Coefficients, finish: algebra.Finish

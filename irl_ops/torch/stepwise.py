@@ -46,7 +46,7 @@ def loss(
     above: Tensor | None,
 ) -> Outcome:
     """See ``irl_ops.torch.whole``; ``kernels`` is a module of ``irl_ops.torch.backends``."""
-    rows = aligned(call.sequence, logits, labels)
+    rows = aligned(call.sequence, labels, logits.shape[-1])
     heads, weighting = in_dtype(call, logits)
     per_row = call.weighting.reduction == "none"
     with torch.no_grad():
@@ -66,11 +66,11 @@ def loss(
         return Outcome(total if per_row else total.sum(), None, None, metrics)
 
 
-def aligned(sequence: algebra.Sequence, logits: Tensor, labels: Tensor) -> Rows:
+def aligned(sequence: algebra.Sequence, labels: Tensor, vocab: int) -> Rows:
     """Labels and kinds; on a CPU a label out of range raises."""
-    rows = algebra.align(xp, labels.long(), logits.shape[-1], sequence)
+    rows = algebra.align(xp, labels.long(), vocab, sequence)
     if labels.device.type == "cpu" and (rows.labels == algebra.BAD_LABEL).any():
-        arguments.refuse_label(rows.labels, labels, logits.shape[-1], sequence)
+        arguments.refuse_label(rows.labels, labels, vocab, sequence)
     return rows
 
 

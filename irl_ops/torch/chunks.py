@@ -1,0 +1,155 @@
+"""The pass over logits that are never whole: chunks of rows, from the last to the first.
+
+Per chunk one matrix product makes the logits, the row kernel overwrites them with their gradient,
+and two matrix products take that back to hidden and weight. Going backwards, the value of the row
+behind a chunk is always known. Beside inputs and gradients one chunk of logits is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irl_ops.algebra import NO_LABEL, Coefficients, Finished
+from irl_ops.torch.linear_arguments import Layer
+
+
+class Linear:
+    """``layer.hidden`` has shape ``[n, D]``: rows whose next row is the next one."""
+
+    def __init__(self, kernels: ModuleType, layer: Layer, wanted: tuple[bool, bool, bool]) -> None:
+        self.kernels, self.layer = kernels, layer
+        hidden, weight, bias = layer[:3]
+        own = layer.accumulate == "weight" or weight.dtype in (torch.float32, torch.float64)
+        sums = weight.dtype if own else torch.float32
+        self.dhidden = torch.empty_like(hidden) if wanted[0] else None
+        self.dweight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
+        self.dbias = None
+        if bias is not None and wanted[2]:
+            self.dbias = torch.zeros_like(bias, dtype=sums)
+
+    def label_logit(self, labels: Tensor) -> Tensor:
+        """q[a] by a product of two vectors, in float32: not rounded as the logits are."""
+        hidden, weight, bias = self.layer[:3]
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        safe = labels.where((labels >= 0) & (labels < weight.shape[0]), 0)
+        picked = torch.cat(
+            [
+                (hidden[rows].to(dtype) * weight[safe[rows]].to(dtype)).sum(-1)
+                for rows in self.windows()
+            ]
+            or [hidden.new_empty(0, dtype=dtype)]
+        )
+        picked = picked if bias is None else picked + bias[safe].to(dtype)
+        picked = picked * self.layer.scale
+        if self.layer.softcap is not None:
+            picked = self.layer.softcap * torch.tanh(picked / self.layer.softcap)
+        picked = picked.where(labels != NO_LABEL, 0.0)
+        return picked.where(labels < weight.shape[0], math.nan)
+
+    def stats_grad(self, labels: Tensor, given: Coefficients, finish: Any) -> tuple[None, Finished]:
+        """The gradients are left in ``dhidden``, ``dweight`` and ``dbias``."""
+        done: list[Finished] = []
+        behind: Tensor | float = 0.0
+        for rows, logits, bend in self.chunks():
+            picked = self.kernels.label_logit(logits, labels[rows])
+            part = (None if x is None else x[rows] for x in given)
+            row_max, logsum, entropy = self.kernels.row_stats_grad(logits, *part, logits)
+            done.insert(0, finish(Window(rows), row_max, logsum, picked, entropy, behind))
+            behind = done[0].stats.value[:1]
+            self.kernels.set_label_(logits, labels[rows], done[0].element)
+            self.back(rows, logits, bend)
+        if not done:
+            nothing = labels.new_empty(0, dtype=given.alpha.dtype)
+            entropy = None if given.entropy_weight is None else nothing
+            done = [finish(Window(slice(0, 0)), nothing, nothing, nothing, entropy, 0.0)]
+        return None, joined(done)
+
+    def row_stats(self, labels: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+        """``(row_max, logsum, label_logit[, entropy])`` of all rows; no gradient."""
+        found = [
+            self.kernels.row_stats(logits, labels[rows], entropy)
+            for rows, logits, _ in self.chunks(bend=False)
+        ]
+        columns = list(zip(*reversed(found), strict=True))
+        return tuple(torch.cat(x) for x in columns[: 4 if entropy else 3])
+
+    def row_grad(self, labels: Tensor, *vectors: Tensor) -> None:
+        """The gradients of what has that gradient by the logits: see the row kernel."""
+        for rows, logits, bend in self.chunks():
+            self.kernels.row_grad(logits, labels[rows], *(x[rows] for x in vectors), logits)
+            self.back(rows, logits, bend)
+
+    def windows(self) -> Iterator[slice]:
+        """Chunks of rows of nearly one size, in order."""
+        count = self.layer.hidden.shape[0]
+        chunks = -(-count // self.layer.chunk)
+        size = -(-count // max(chunks, 1))
+        for start in range(0, count, max(size, 1)):
+            yield slice(start, min(start + size, count))
+
+    def chunks(self, bend: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Rows, their logits, and the derivative of a soft cap; from the last to the first."""
+        hidden, weight, bias, _, _, scale, softcap = self.layer
+        windows = list(self.windows())
+        if not windows:
+            return
+        buffer = hidden.new_empty(windows[0].stop, weight.shape[0])
+        for rows in reversed(windows):
+            logits = buffer[: rows.stop - rows.start]
+            if bias is None and scale == 1:
+                torch.mm(hidden[rows], weight.t(), out=logits)
+            else:
+                start = logits if bias is None else bias
+                beta = 0 if bias is None else scale
+                torch.addmm(start, hidden[rows], weight.t(), beta=beta, alpha=scale, out=logits)
+            slope = None
+            if softcap is not None:
+                logits.div_(softcap).tanh_()
+                slope = 1 - logits.square() if bend else None
+                logits.mul_(softcap)
+            yield rows, logits, slope
+
+    def back(self, rows: slice, dlogits: Tensor, bend: Tensor | None) -> None:
+        """Two products take a chunk's gradient back to hidden and weight."""
+        hidden, weight, _, _, _, scale, _ = self.layer
+        if bend is not None:
+            dlogits.mul_(bend)
+        if self.dhidden is not None:
+            into = self.dhidden[rows]
+            torch.addmm(into, dlogits, weight, beta=0, alpha=scale, out=into)
+        if self.dweight is not None:
+            if self.dweight.dtype == dlogits.dtype:
+                self.dweight.addmm_(dlogits.t(), hidden[rows], alpha=scale)
+            else:
+                self.dweight.add_(dlogits.t() @ hidden[rows], alpha=scale)
+        if self.dbias is not None:
+            # a product with ones: a sum over rows reads columns, which takes several times as long
+            ones = dlogits.new_full((1, dlogits.shape[0]), scale)
+            self.dbias.add_((ones @ dlogits)[0])
+
+
+class Window:
+    """Takes the window's rows out of a vector; None stays None."""
+
+    def __init__(self, rows: slice) -> None:
+        self.rows = rows
+
+    def __call__(self, x: Any) -> Any:
+        """``x[rows]``."""
+        return None if x is None else x[self.rows]
+
+
+def joined(done: list[Any]) -> Any:
+    """Records of windows as one record of all rows."""
+    first = done[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(done)
+    return type(first)(*(joined(list(field)) for field in zip(*done, strict=True)))

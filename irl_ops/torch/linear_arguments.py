@@ -1,0 +1,106 @@
+"""Which arguments the linear losses accept, as torch tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from irl_ops.options import LAYER
+from irl_ops.torch.arguments import TorchArguments
+
+
+class Layer(NamedTuple):
+    """q = softcap tanh(scale x / softcap), x = hidden weight^T + bias; and the chunks' form."""
+
+    hidden: Tensor  # [..., T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    chunk: int  # rows
+    accumulate: str
+    scale: float
+    softcap: float | None
+
+
+class LinearArguments(TorchArguments):
+    """The checks for logits that are never there."""
+
+    def check_logits(self, logits: Any, labels: Any) -> None:
+        """The labels of rows; the layer was checked before."""
+        self._check_array("labels", labels, self.integers)
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}; accepted: {list(logits.shape[:-1])}, the "
+                "shape of hidden without its last axis"
+            )
+        self.check_place("labels", labels, logits)
+
+    def layer(self, hidden: Any, weight: Any, options: dict[str, Any]) -> Layer:
+        """The layer; takes its options out of the others."""
+        bias, chunk, accumulate, scale, softcap = (
+            options.pop(name, default) for name, default in LAYER.items()
+        )
+        self._check_array("hidden", hidden, self.floats)
+        self._check_array("weight", weight, self.floats)
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
+        if weight.dtype != hidden.dtype:
+            raise TypeError(
+                f"weight is {weight.dtype}; accepted: {hidden.dtype}, the dtype of hidden, or "
+                "torch.autocast around the call"
+            )
+        if hidden.ndim < 2 or hidden.shape[-1] == 0:
+            raise ValueError(
+                f"hidden has shape {list(hidden.shape)}; accepted: [..., T, D], D of 1 or more"
+            )
+        if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+            raise ValueError(
+                f"weight has shape {list(weight.shape)}; accepted: [V, {hidden.shape[-1]}], with "
+                "hidden's last axis"
+            )
+        self.check_place("weight", weight, hidden)
+        if bias is not None:
+            self._check_array("bias", bias, (hidden.dtype,))
+            self.check_place("bias", bias, hidden)
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"bias has shape {list(bias.shape)}; accepted: [{weight.shape[0]}], one per "
+                    "row of weight"
+                )
+        whole = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0
+        if chunk is not None and not whole:
+            raise ValueError(f"chunk_size is {chunk!r}; accepted: an int of 1 or more, None")
+        if accumulate not in (None, "float32", "weight"):
+            raise ValueError(f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', None")
+        scale = self.number("logit_scale", scale, hidden, -math.inf, math.inf)
+        if softcap is not None:
+            softcap = self.number("softcap", softcap, hidden, 0.0, math.inf)
+            if not isinstance(softcap, Tensor) and softcap == 0:
+                raise ValueError("softcap is 0; accepted: a number above 0, None")
+        return Layer(
+            hidden,
+            weight,
+            bias,
+            chunk or default_chunk(weight),
+            accumulate or ("weight" if hidden.device.type == "cpu" else "float32"),
+            float(scale),
+            None if softcap is None else float(softcap),
+        )
+
+
+def default_chunk(weight: Tensor) -> int:
+    """Rows whose logits take 64 MiB on a CPU, from 256 to 4096; elsewhere 2048.
+
+    A chunk moves the weight and the sum of its gradient once more: few rows are slow, and each
+    rounding of that sum costs digits. Many rows take the memory that chunks are there to save.
+    """
+    if weight.device.type != "cpu":
+        return 2048
+    return min(4096, max(256, 2**26 // (weight.shape[0] * weight.itemsize)))
+
+
+arguments = LinearArguments()
