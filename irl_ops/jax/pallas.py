@@ -134,9 +134,8 @@ def _row_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Function | 
     if dtype in of.gradient_in_xla and not interpret:
         return None
 
-    def run(*given: Any) -> jax.Array:
-        *vectors, a, c, b = (*given, None)[:7]
-        return row_grad(*vectors, a, b, c, of=of, interpret=interpret)
+    def run(q: Any, labels: Any, row_max: Any, logsum: Any, a: Any, c: Any, b: Any = None) -> Any:
+        return row_grad(q, labels, row_max, logsum, a, b, c, of=of, interpret=interpret)
 
     return run
 
