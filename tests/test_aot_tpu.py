@@ -15,11 +15,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compile_for(generation: str, vocab: int) -> str:
+def compile_for(generation: str, vocab: int, dtype: str, width: int) -> str:
     """A process of its own: libtpu reads its environment once."""
     command = [sys.executable, str(BENCHMARKS / "aot_tpu.py"), "--generations", generation]
-    command += ["--vocabs", str(vocab), "--dtypes", "bf16", "--forms", "pallas", "selecting"]
-    command += ["--no-loops", "--processes", "1"]
+    command += ["--vocabs", str(vocab), "--dtypes", dtype, "--forms", "pallas", "selecting"]
+    command += ["--widths", str(width), "--no-loops", "--processes", "1"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=BENCHMARKS, timeout=600, check=False
     )
@@ -28,10 +28,21 @@ def compile_for(generation: str, vocab: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("generation", "vocab"), [("v4", 50257), ("v5e", 32000), ("v7x", 32000)])
-def test_programs_meet_what_they_have_to(generation: str, vocab: int) -> None:
+@pytest.mark.parametrize(
+    ("generation", "vocab", "dtype", "width"),
+    [
+        ("v4", 50257, "bf16", 2048),
+        ("v5e", 32000, "bf16", 2048),
+        ("v7x", 32000, "bf16", 2048),
+        ("v7x", 32000, "fp32", 2048),  # no kernel: with one it moves 1.27 times the bytes
+        ("v7x", 50257, "bf16", 1024),  # with a term of B, however zero, the gradient is stored
+    ],
+)
+def test_programs_meet_what_they_have_to(
+    generation: str, vocab: int, dtype: str, width: int
+) -> None:
     """A kernel, no memory beside the logits, no byte more than XLA's own form."""
-    assert "1 programs, 0 that miss " in compile_for(generation, vocab)
+    assert "1 programs, 0 that miss " in compile_for(generation, vocab, dtype, width)
 
 
 SEVERAL = """
@@ -82,7 +93,7 @@ def test_an_unmet_limit_is_an_error() -> None:
     """The judge can say no."""
     code = (
         "import sys, aot_tpu as a\n"
-        "r = a.Result('v5e', 'bf16', 1, 1, {}, {}, 0, 0, ['bytes of the step'])\n"
+        "r = a.Result('v5e', 'bf16', 1, 1, 1, {}, {}, 0, 0, ['bytes of the step'])\n"
         "a.ProcessPoolExecutor = lambda *_, **__: Pool()\n"
         "class Pool:\n"
         "    def __enter__(self): return self\n"

@@ -153,6 +153,15 @@ def test_the_oldest_versions_that_pages_and_messages_name_are_those_of_the_extra
     assert f"'{jax_triton}'" in message
 
 
+def test_the_oldest_jax_is_what_the_extra_admits():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert project["project"]["optional-dependencies"]["jax"] == ["jax>=0.7"]
+    assert pinned == {"jax": "0.7.0", "jaxlib": "0.7.0"}
+    assert any(line.startswith("jaxlib==0.7.0;") for line in project["build-system"]["requires"])
+
+
 def test_pre_commit_runs_the_pinned_tools():
     text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     revisions = dict(re.findall(r"repo: \S+/(\S+)\n\s+rev: v(\S+)", text))

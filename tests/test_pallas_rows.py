@@ -7,6 +7,7 @@ the filling through is seen. It says nothing about the TPU's own exp, log and ro
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from irl_ops.kernels.pallas.generations import (
     in_whole_tiles,
     resident_rows,
 )
-from irl_ops.kernels.pallas.row_grad import row_grad
+from irl_ops.kernels.pallas.row_grad import row_grad, row_grad_in_xla
 from irl_ops.kernels.pallas.row_stats import row_stats
 from irl_ops.kernels.pallas.row_stats_grad import row_stats_grad
 
@@ -184,6 +185,80 @@ def test_edges(dtype, of):
         assert (got[[0, 1, 2, 4]] == 0).all() and np.isnan(got[3]).all()
         assert row_max[4] == logsum[4] == 0 and (h is None or h[4] == 0)
         assert np.isfinite(got[5]).all() and (got[5] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("of", "dtype", "logit_scale", "softcap"),
+    [
+        (TINY, "float32", 0.25, 30.0),
+        (BY_NAME["v5e"], "float32", -2.0, 0.5),
+        (BY_NAME["v7x"], "bfloat16", 0.25, 30.0),
+        (BY_NAME["v5e"], "float32", 3.0, None),
+    ],
+)
+def test_softcap(of, dtype, logit_scale, softcap):
+    """q = softcap tanh(logit_scale x / softcap), its statistics, and the gradient by x."""
+    cap = dict(logit_scale=logit_scale, softcap=softcap)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 17, 300)) * 20, dtype)
+    labels = rng.integers(-1, 300, (2, 17))
+    a, b, c = (rng.standard_normal((2, 17)).astype(np.float32) for _ in range(3))
+    values = np.asarray(x, np.float64)
+    bound = np.inf if softcap is None else softcap
+    q = values * logit_scale if softcap is None else softcap * np.tanh(values * logit_scale / bound)
+    slope = logit_scale * (1 - (q / bound) ** 2)
+    exact = Exact(q)
+    # A few roundings of tanh and of its argument, which tanh scales by at most 1; the row's
+    # statistics inherit the largest, and log p both its own and theirs.
+    q_error = 10 * EPS * np.abs(q).max()
+    error = exact.error + 2 * q_error * (1 + np.abs(exact.logsum))
+
+    def close(got, wanted, a, b, c):
+        size = (np.abs(a) + np.abs(b) * (1 + np.abs(exact.logp).max()) + np.abs(c))[..., None]
+        tolerance = size * 40 * (q_error + EPS * 10) * abs(logit_scale)
+        tolerance = tolerance + (2.0**-8 if dtype == "bfloat16" else 0) * np.abs(wanted)
+        assert (np.abs(np.asarray(got, np.float64) - wanted) <= tolerance).all()
+
+    run = functools.partial(row_stats, of=of, interpret=True, entropy=True, **cap)
+    row_max, logsum, picked, entropy = jax.jit(run)(x, jnp.asarray(labels))
+    assert (np.abs(row_max - exact.row_max) <= q_error).all()
+    assert (np.abs(logsum - exact.logsum) <= error).all()
+    assert (np.abs(entropy - exact.entropy) <= error * 10).all()  # sums |c| e^c, c to about 8
+    at = np.take_along_axis(q, np.clip(labels, 0, 299)[..., None], -1)[..., 0]
+    assert (np.abs(picked - np.where(labels < 0, 0.0, at)) <= q_error).all()
+
+    hit = (np.arange(300) == labels[..., None]) * c[..., None]
+    grads = (functools.partial(row_grad, of=of, interpret=True), row_grad_in_xla)
+    for grad, with_b in itertools.product(grads, (True, False)):
+        given = (b,) if with_b else (None,)
+        got = jax.jit(functools.partial(grad, **cap))(
+            x, jnp.asarray(labels), row_max, logsum, a, *given, c
+        )
+        bb = b if with_b else 0 * b
+        close(got, slope * (exact.gradient(a, bb) + hit), a, bb, c)
+    for weight in (None, b):
+        run = functools.partial(row_stats_grad, of=of, interpret=True, **cap)
+        *stats, entropy, got = jax.jit(run)(x, a, c, weight)
+        assert (np.abs(stats[1] - exact.logsum) <= error).all()
+        w = np.zeros_like(b) if weight is None else b
+        total = a + c * (exact.row_max + exact.logsum) + w * exact.entropy
+        close(got, slope * exact.gradient(total, w), total, w, c)
+
+
+def test_softcap_keeps_silent_rows_silent():
+    """Zero coefficients give zero gradients of NaN logits, and lanes behind the row stay out."""
+    x = jnp.full((16, 200), jnp.nan).at[8:].set(-jnp.inf)
+    zero, cap = jnp.zeros(16), dict(logit_scale=1.0, softcap=5.0)
+    labels = jnp.zeros(16, jnp.int32)
+    for of in (TINY, BY_NAME["v5e"]):
+        *_, got = row_stats_grad(x, zero, zero, zero, of=of, interpret=True, **cap)
+        assert (got == 0).all()
+        got = row_grad(x, labels, *[zero] * 5, of=of, interpret=True, **cap)
+        assert (got == 0).all()
+        row_max, logsum, *_ = row_stats(x, labels, of=of, interpret=True, **cap)
+        # every one of 200 is -softcap; lanes 200 to 255 hold NaN in the interpreter
+        np.testing.assert_allclose(row_max[8:], -5.0, rtol=1e-6)
+        np.testing.assert_allclose(logsum[8:], np.log(200), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

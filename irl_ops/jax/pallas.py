@@ -6,8 +6,9 @@ time. A program exported without devices gets what fits every generation. On a C
 interpreted, as they would be compiled for ``INTERPRETED_AS``.
 
 XLA's own code serves where V is no multiple of 128, since XLA lays out such logits by columns, and
-a kernel, which wants them by rows, would wait for a copy; and in programs that XLA partitions over
-several TPUs, since libtpu partitions no kernels. Inside ``shard_map`` rows are parted already.
+a kernel, which wants them by rows, would wait for a copy; for statistics and gradient in float32 on
+v7x, where a program with a kernel moves a quarter more bytes; and in programs that XLA partitions
+over several TPUs, since libtpu partitions no kernels. Inside ``shard_map`` rows are parted already.
 """
 
 from __future__ import annotations
@@ -55,16 +56,17 @@ def row_grad(
     row_max: jax.Array,
     logsum: jax.Array,
     a: jax.Array,
-    b: jax.Array,
+    b: jax.Array | None,
     c: jax.Array,
 ) -> jax.Array:
     """``p_j (A + B log p_j) + C 1{j = label}``: by XLA where it fuses that into its readers.
 
     Where the logits come from a matmul, XLA computes an elementwise gradient inside the two matmuls
     that read it, and the gradient never lies in memory. By the compiler's own count that moves
-    fewer bytes than a kernel on v4 to v6e, and more on v7x.
+    fewer bytes than a kernel on v4 to v6e and in float32 on v7x, and more in bfloat16 on v7x. None
+    for B is 0, and costs less than an array of zeros.
     """
-    vectors = (labels, row_max, logsum, a, b, c)
+    vectors = (labels, row_max, logsum, a, c, b)
     narrowed: jax.Array = _row_grad(_widened(logits), *vectors).astype(logits.dtype)
     return narrowed
 
@@ -100,49 +102,72 @@ def _widened(logits: jax.Array) -> jax.Array:
 # --- The kernels, which need Pallas: imported when one of them is lowered ---
 
 
-def _operation(plain: Function, kernel: Callable[[Generation, bool], Function]) -> Function:
+def _operation(
+    plain: Function, kernel: Callable[[Generation, bool, str], Function | None]
+) -> Function:
+    """``kernel`` may answer None: XLA's own code serves."""
+
     def compiled(ctx: Any) -> Function:
         if ctx.avals_in[0].shape[-1] % LANES or private.partitions(ctx) > 1:
             return plain
         target = device(ctx, "tpu")
-        return kernel(SMALLEST if target is None else generation(target.device_kind), False)
+        of = SMALLEST if target is None else generation(target.device_kind)
+        return kernel(of, False, ctx.avals_in[0].dtype.name) or plain
 
-    return operation(plain, tpu=compiled, cpu=lambda _: kernel(INTERPRETED_AS, True))
+    def interpreted(ctx: Any) -> Function:
+        return kernel(INTERPRETED_AS, True, ctx.avals_in[0].dtype.name) or plain
+
+    return operation(plain, tpu=compiled, cpu=interpreted)
 
 
-def _row_stats_kernel(of: Generation, interpret: bool) -> Function:
+def _row_stats_kernel(of: Generation, interpret: bool, dtype: str) -> Function | None:
     from irl_ops.kernels.pallas.row_stats import row_stats
 
+    if dtype in of.statistics_in_xla and not interpret:
+        return None
     return functools.partial(row_stats, of=of, interpret=interpret)
 
 
-def _row_grad_kernel(of: Generation, interpret: bool) -> Function:
+def _row_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Function | None:
     from irl_ops.kernels.pallas.row_grad import row_grad
 
-    if of.gradient_in_xla:
-        return _row_grad_in_xla
-    return functools.partial(row_grad, of=of, interpret=interpret)
+    if dtype in of.gradient_in_xla and not interpret:
+        return None
+
+    def run(q: Any, labels: Any, row_max: Any, logsum: Any, a: Any, c: Any, b: Any = None) -> Any:
+        return row_grad(q, labels, row_max, logsum, a, b, c, of=of, interpret=interpret)
+
+    return run
 
 
-def _row_grad_in_xla(*given: Any) -> Any:
+def _row_grad_in_xla(
+    logits: jax.Array,
+    labels: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    a: jax.Array,
+    c: jax.Array,
+    b: jax.Array | None = None,
+) -> jax.Array:
+    """B last: an operation's arguments that are None are left out."""
     from irl_ops.kernels.pallas.row_grad import row_grad_in_xla
 
-    return row_grad_in_xla(*given)
+    return row_grad_in_xla(logits, labels, row_max, logsum, a, b, c)
 
 
-def _row_stats_grad_kernel(of: Generation, interpret: bool) -> Function:
+def _row_stats_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Function:
     from irl_ops.kernels.pallas.row_stats_grad import row_stats_grad
 
     return functools.partial(row_stats_grad, of=of, interpret=interpret)
 
 
-def _label_logit_kernel(of: Generation, interpret: bool) -> Function:
+def _label_logit_kernel(of: Generation, interpret: bool, dtype: str) -> Function:
     from irl_ops.kernels.pallas.labels import label_logit
 
     return functools.partial(label_logit, interpret=interpret)
 
 
-def _set_label_kernel(of: Generation, interpret: bool) -> Function:
+def _set_label_kernel(of: Generation, interpret: bool, dtype: str) -> Function:
     from irl_ops.kernels.pallas.labels import set_label
 
     return functools.partial(set_label, interpret=interpret)

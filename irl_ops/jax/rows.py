@@ -48,18 +48,36 @@ def _backward(
 row_stats.defvjp(_forward, _backward)
 
 
-def row_grad(backend: str, *arrays: jax.Array) -> jax.Array:
-    """``p_j (A + B log p_j) + C 1{j = label}`` of (logits, labels, row_max, logsum, a, b, c)."""
-    gradient: jax.Array = dispatch(backend, lambda name: BACKENDS[name].row_grad, *arrays)
+def row_grad(backend: str, *arrays: jax.Array | None) -> jax.Array:
+    """``p_j (A + B log p_j) + C 1{j = label}`` of (logits, labels, row_max, logsum, a, b, c).
+
+    None for B is 0.
+    """
+    gradient: jax.Array = dispatch(backend, row_grad_of, *arrays)
     return gradient
+
+
+def row_grad_of(name: str) -> Any:
+    """``row_grad`` of the backend of that name, which may be given None for B."""
+    if name == "pallas":  # XLA stores a gradient on some TPUs if it has a term more
+        return BACKENDS[name].row_grad
+
+    def run(*arrays: Any) -> Any:
+        *others, a, b, c = arrays
+        return BACKENDS[name].row_grad(*others, a, jnp.zeros_like(a) if b is None else b, c)
+
+    return run
 
 
 def row_coefficients(
     entropy: jax.Array | None, dlogsum: jax.Array, dlabel_logit: jax.Array, dh: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A, B, C of ``row_grad`` from the statistics' gradients: dH/dq_j = -p_j (log p_j + H)."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """A, B, C of ``row_grad`` from the statistics' gradients: dH/dq_j = -p_j (log p_j + H).
+
+    B is None where it is 0.
+    """
     if entropy is None or dh is None:
-        return dlogsum, jnp.zeros_like(dlogsum), dlabel_logit
+        return dlogsum, None, dlabel_logit
     return dlogsum - jnp.where(dh != 0, dh * entropy, 0.0), -dh, dlabel_logit
 
 

@@ -51,7 +51,7 @@ class Kept(NamedTuple):
     labels: jax.Array
     row_max: jax.Array
     logsum: jax.Array
-    coefficients: tuple[jax.Array, jax.Array, jax.Array]  # A, B, C of row_grad
+    coefficients: tuple[jax.Array, jax.Array | None, jax.Array]  # A, B, C of row_grad
     dvalues: jax.Array | None
     dnext_values: jax.Array | None
 
@@ -102,9 +102,8 @@ def _at_once(
     over = Dense(BACKENDS[name], logits)
     out = algebra.loss_and_grad(jnp, over, rows, loss, static.heads(given))
     nothing = jnp.zeros_like(out.done.stats.value)
-    kept = Kept(
-        out.gradient, rows.labels, nothing, nothing, (nothing,) * 3, out.dvalues, out.dnext_values
-    )
+    unused = (nothing, None if loss.entropy_coef is None else nothing, nothing)
+    kept = Kept(out.gradient, rows.labels, nothing, nothing, unused, out.dvalues, out.dnext_values)
     return out.loss, out.metrics if static.metrics else None, kept
 
 
@@ -178,8 +177,8 @@ def _backward(static: Static, kept: Kept, above: tuple[jax.Array, Metrics]) -> t
 
 
 def _row_grad(name: str, factor: jax.Array, kept: Kept) -> jax.Array:
-    scaled = [factor * x for x in kept.coefficients]
-    gradient: jax.Array = BACKENDS[name].row_grad(
+    scaled = [None if x is None else factor * x for x in kept.coefficients]
+    gradient: jax.Array = differentiable.row_grad_of(name)(
         kept.dlogits, kept.labels, kept.row_max, kept.logsum, *scaled
     )
     return gradient

@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 MIB = 2**20
+DTYPES = ("bfloat16", "float32")
 
 
 class Generation(NamedTuple):
@@ -19,7 +20,8 @@ class Generation(NamedTuple):
     kinds: tuple[str, ...]  # the names its devices give themselves
     vmem: int  # bytes of VMEM a core
     hbm: float  # GB/s a core
-    gradient_in_xla: bool  # whether XLA fuses a plain gradient into the matmuls that read it
+    gradient_in_xla: tuple[str, ...]  # dtypes whose gradient XLA computes inside its readers
+    statistics_in_xla: tuple[str, ...] = ()  # and those whose statistics it computes too
     registers: int = 32  # float32 registers of logits in flight, of the 64 that there are
     rows: int = 128  # of a block of row_stats and row_grad
     columns: int = 4096
@@ -31,11 +33,11 @@ class Generation(NamedTuple):
 
 
 GENERATIONS = (
-    Generation("v4", ("TPU v4",), 16 * MIB, 615, True, registers=16),
-    Generation("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 820, True),
-    Generation("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 1230, True),
-    Generation("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 1640, True),
-    Generation("v7x", ("TPU7x", "TPU7"), 64 * MIB, 3700, False),
+    Generation("v4", ("TPU v4",), 16 * MIB, 615, DTYPES, registers=16),
+    Generation("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 820, DTYPES),
+    Generation("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 1230, DTYPES),
+    Generation("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 1640, DTYPES),
+    Generation("v7x", ("TPU7x", "TPU7"), 64 * MIB, 3700, ("float32",), ("float32",)),
 )
 SMALLEST = GENERATIONS[0]  # what fits in it fits in all
 

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from irl_ops.kernels.pallas import softmax
 from irl_ops.kernels.pallas.generations import Generation
+from irl_ops.kernels.pallas.softcap import Softcap
 from irl_ops.kernels.pallas.tiles import (
     LANES,
     Blocks,
@@ -33,23 +34,26 @@ def row_grad(
     row_max: jax.Array,
     logsum: jax.Array,
     a: jax.Array,
-    b: jax.Array,
+    b: jax.Array | None,
     c: jax.Array,
     *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     of: Generation,
     interpret: Any = False,
 ) -> jax.Array:
-    """The gradient in the logits' dtype; see ``irl_ops.kernels.reference``.
+    """The gradient in the logits' dtype; see ``irl_ops.kernels.reference``. None for B is 0.
 
     It takes the logits' storage: XLA copies them first where they are read later on.
     """
     x, y = planes(logits, 2), planes(labels.astype(jnp.int32), 1)[..., None]
-    given = columns_beside(*(planes(v, 1) for v in (row_max, logsum, a, b, c)))
+    vectors = [v for v in (row_max, logsum, c, a, b) if v is not None]
+    given = columns_beside(*(planes(v, 1) for v in vectors))
     blocks = Blocks.of(x, of.rows, of.columns, of)
     out = pl.pallas_call(
-        functools.partial(_kernel, blocks),
+        functools.partial(_kernel, blocks, Softcap(logit_scale, softcap)),
         grid=blocks.grid,
-        in_specs=[blocks.vectors(1), blocks.vectors(5), blocks.logits],
+        in_specs=[blocks.vectors(1), blocks.vectors(len(vectors)), blocks.logits],
         out_specs=blocks.logits,
         out_shape=array_like(x, x.shape, x.dtype),
         input_output_aliases={2: 0},
@@ -75,35 +79,43 @@ def row_grad_in_xla(
     row_max: jax.Array,
     logsum: jax.Array,
     a: jax.Array,
-    b: jax.Array,
+    b: jax.Array | None,
     c: jax.Array,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> jax.Array:
     """The same without a kernel, for XLA to compute inside whatever reads the gradient.
 
     As few operations as there can be: one selection more (q = -inf), and XLA on v5e computes it
-    once for every matmul that reads it, and stores it as well.
+    once for every matmul that reads it, and stores it as well. With a term of B more, XLA on v7x
+    stores the gradient of narrow hidden states too.
     """
-    row = softmax.Rows.of(*(x[..., None] for x in (row_max, logsum, a, b)))
-    g = softmax.gradient(logits.astype(jnp.float32), row)
+    cap = Softcap(logit_scale, softcap)
+    row = softmax.Rows.of(
+        row_max[..., None], logsum[..., None], a[..., None], None if b is None else b[..., None]
+    )
+    q = cap.logits(logits.astype(jnp.float32))
+    g = softmax.gradient(q, row)
     at_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
-    return jnp.where(at_label, g + c[..., None], g).astype(logits.dtype)
+    return cap.behind(jnp.where(at_label, g + c[..., None], g), q).astype(logits.dtype)
 
 
-def _kernel(blocks: Blocks, labels: Any, given: Any, x: Any, out: Any) -> None:
+def _kernel(blocks: Blocks, cap: Softcap, labels: Any, given: Any, x: Any, out: Any) -> None:
     """One block; what lies behind the last column and the last row is computed and not stored."""
     first = pl.program_id(2) * blocks.block[1]
 
     def group(rows: Any) -> None:
-        row_max, logsum, a, b, c = (given[rows, k : k + 1] for k in range(5))
-        row = softmax.Rows.of(row_max, logsum, a, b).over(LANES)
+        row_max, logsum, c, a, *b = (given[rows, k : k + 1] for k in range(given.shape[-1]))
+        row = softmax.Rows.of(row_max, logsum, a, b[0] if b else None).over(LANES)
         place = labels[rows, :] - first - lanes_of(row.a)
         c = jnp.broadcast_to(c, row.a.shape)
 
         def step(start: Any, width: int, _: None) -> None:
             target = chunk_of(out, rows, start, width)
-            for k, tile in enumerate(tiles_of(chunk_of(x, rows, start, width), width)):
+            for k, tile in enumerate(tiles_of(chunk_of(x, rows, start, width), width, cap)):
                 g = softmax.gradient(tile, row)
-                g = jnp.where(place == start + k * LANES, g + c, g)
+                g = cap.behind(jnp.where(place == start + k * LANES, g + c, g), tile)
                 target[:, k * LANES : (k + 1) * LANES] = g.astype(out.dtype)
 
         blocks.each_chunk(blocks.block[1], step, None)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from irl_ops.kernels.pallas import softmax
 from irl_ops.kernels.pallas.generations import Generation
+from irl_ops.kernels.pallas.softcap import Softcap
 from irl_ops.kernels.pallas.tiles import (
     LANES,
     Blocks,
@@ -31,15 +32,20 @@ def row_stats(
     labels: jax.Array,
     entropy: bool = False,
     *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     of: Generation,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
+    """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``.
+
+    All of ``q = softcap tanh(logit_scale x / softcap)``; see ``softcap.py``.
+    """
     x, y = planes(logits, 2), planes(labels.astype(jnp.int32), 1)[..., None]
     blocks = Blocks.of(x, of.rows, of.columns, of)
     rows, count = blocks.block[0], 4 if entropy else 3
     out = pl.pallas_call(
-        functools.partial(_kernel, blocks, entropy),
+        functools.partial(_kernel, blocks, entropy, Softcap(logit_scale, softcap)),
         grid=blocks.grid,
         in_specs=[blocks.vectors(1), blocks.logits],
         out_specs=blocks.vectors(count),
@@ -62,7 +68,9 @@ def row_stats(
     return row_max, logsum, picked, h[0] if entropy else None
 
 
-def _kernel(blocks: Blocks, entropy: bool, labels: Any, x: Any, out: Any, *kept: Any) -> None:
+def _kernel(
+    blocks: Blocks, entropy: bool, cap: Softcap, labels: Any, x: Any, out: Any, *kept: Any
+) -> None:
     """One block of columns; what the lanes have seen so far lies in ``kept``."""
     j, last = pl.program_id(2), blocks.grid[2] - 1
     first = j * blocks.block[1]
@@ -74,7 +82,7 @@ def _kernel(blocks: Blocks, entropy: bool, labels: Any, x: Any, out: Any, *kept:
             ref[...] = value
 
     def fold(columns: int) -> None:
-        blocks.each_group(functools.partial(_fold, blocks, columns, first, labels, x, kept))
+        blocks.each_group(functools.partial(_fold, blocks, cap, columns, first, labels, x, kept))
 
     if blocks.columns_of_last == blocks.block[1]:
         fold(blocks.block[1])
@@ -88,13 +96,20 @@ def _kernel(blocks: Blocks, entropy: bool, labels: Any, x: Any, out: Any, *kept:
 
 
 def _fold(
-    blocks: Blocks, columns: int, first: Any, labels: Any, x: Any, kept: Any, rows: Any
+    blocks: Blocks,
+    cap: Softcap,
+    columns: int,
+    first: Any,
+    labels: Any,
+    x: Any,
+    kept: Any,
+    rows: Any,
 ) -> None:
     run = [ref[rows, :] for ref in kept]
     place = labels[rows, :] - first - lanes_of(run[0])
 
     def step(start: Any, width: int, run: list[jax.Array]) -> list[jax.Array]:
-        tiles = tiles_of(chunk_of(x, rows, start, width), width, beyond=-softmax.INF)
+        tiles = tiles_of(chunk_of(x, rows, start, width), width, cap, beyond=-softmax.INF)
         picked, top, total, *centred = run
         for k, tile in enumerate(tiles):
             picked = jnp.where(place == start + k * LANES, tile, picked)

@@ -18,6 +18,7 @@ from irl_ops.kernels.pallas import softmax
 from irl_ops.kernels.pallas.generations import Generation, resident_rows
 from irl_ops.kernels.pallas.row_grad import row_grad
 from irl_ops.kernels.pallas.row_stats import row_stats
+from irl_ops.kernels.pallas.softcap import Softcap
 from irl_ops.kernels.pallas.softmax import Normaliser
 from irl_ops.kernels.pallas.tiles import (
     LANES,
@@ -36,6 +37,8 @@ def row_stats_grad(
     beta: jax.Array,
     entropy_weight: jax.Array | None = None,
     *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     of: Generation,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
@@ -47,8 +50,9 @@ def row_stats_grad(
     weights = [alpha, beta] if entropy_weight is None else [alpha, beta, entropy_weight]
     read = [jnp.where(alpha == -jnp.inf, 0.0, w) for w in weights]
     rows = resident_rows(logits.dtype, logits.shape[-1], of)
+    cap = Softcap(logit_scale, softcap)
     whole = functools.partial(_resident, rows) if rows else _in_two
-    stats, dlogits = whole(logits, read, of, interpret)
+    stats, dlogits = whole(logits, read, cap, of, interpret)
     row_max, logsum, h = stats
     unread = alpha == -jnp.inf
     row_max, logsum = jnp.where(unread, 0.0, row_max), jnp.where(unread, 0.0, logsum)
@@ -56,13 +60,18 @@ def row_stats_grad(
 
 
 def _resident(
-    rows: int, logits: jax.Array, weights: list[jax.Array], of: Generation, interpret: Any
+    rows: int,
+    logits: jax.Array,
+    weights: list[jax.Array],
+    cap: Softcap,
+    of: Generation,
+    interpret: Any,
 ) -> tuple[Normaliser, jax.Array]:
     x = planes(logits, 2)
     given = columns_beside(*(planes(w, 1) for w in weights))
     blocks, count = Blocks.of(x, rows, x.shape[-1] + LANES, of), len(weights)
     stats, dlogits = pl.pallas_call(
-        functools.partial(_kernel, blocks),
+        functools.partial(_kernel, blocks, cap),
         grid=blocks.grid,
         in_specs=[blocks.vectors(count), blocks.logits],
         out_specs=[blocks.vectors(count), blocks.logits],
@@ -87,13 +96,13 @@ def _resident(
     return Normaliser(row_max, logsum, h[0] if h else None), dlogits.reshape(logits.shape)
 
 
-def _kernel(blocks: Blocks, given: Any, x: Any, stats: Any, out: Any) -> None:
+def _kernel(blocks: Blocks, cap: Softcap, given: Any, x: Any, stats: Any, out: Any) -> None:
     """A block of whole rows, group by group: down the row for the sums, down again to write."""
     entropy = given.shape[-1] == 3
 
     def group(rows: Any) -> None:
         def fold(start: Any, width: int, run: softmax.Running) -> softmax.Running:
-            tiles = tiles_of(chunk_of(x, rows, start, width), width, beyond=-softmax.INF)
+            tiles = tiles_of(chunk_of(x, rows, start, width), width, cap, beyond=-softmax.INF)
             return softmax.fold(run, tiles)
 
         run = softmax.empty((blocks.group, LANES), entropy)
@@ -107,8 +116,8 @@ def _kernel(blocks: Blocks, given: Any, x: Any, stats: Any, out: Any) -> None:
 
         def write(start: Any, width: int, _: None) -> None:
             target = chunk_of(out, rows, start, width)
-            for k, tile in enumerate(tiles_of(chunk_of(x, rows, start, width), width)):
-                g = softmax.gradient(tile, row)
+            for k, tile in enumerate(tiles_of(chunk_of(x, rows, start, width), width, cap)):
+                g = cap.behind(softmax.gradient(tile, row), tile)
                 target[:, k * LANES : (k + 1) * LANES] = g.astype(out.dtype)
 
         blocks.each_chunk(blocks.vocab, write, None)
@@ -117,14 +126,15 @@ def _kernel(blocks: Blocks, given: Any, x: Any, stats: Any, out: Any) -> None:
 
 
 def _in_two(
-    logits: jax.Array, weights: list[jax.Array], of: Generation, interpret: Any
+    logits: jax.Array, weights: list[jax.Array], cap: Softcap, of: Generation, interpret: Any
 ) -> tuple[Normaliser, jax.Array]:
     alpha, beta, *weight = weights
     none = jnp.full(alpha.shape, -1, jnp.int32)
-    row_max, logsum, _, h = row_stats(logits, none, bool(weight), of=of, interpret=interpret)
+    options: dict[str, Any] = dict(cap._asdict(), of=of, interpret=interpret)
+    row_max, logsum, _, h = row_stats(logits, none, bool(weight), **options)
     stats = Normaliser(row_max, logsum, h)
-    b = weight[0] if weight else jnp.zeros_like(alpha)
+    b = weight[0] if weight else None
     a = softmax.coefficient(alpha, beta, b, stats)
     zero = jnp.zeros_like(a)
-    dlogits = row_grad(logits, none, row_max, logsum, a, b, zero, of=of, interpret=interpret)
+    dlogits = row_grad(logits, none, row_max, logsum, a, b, zero, **options)
     return stats, dlogits

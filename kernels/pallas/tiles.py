@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from irl_ops.kernels.pallas.generations import Generation
+from irl_ops.kernels.pallas.softcap import Softcap
 
 LANES = 128
 Carry = TypeVar("Carry")
@@ -86,11 +87,11 @@ def chunk_of(ref: Any, rows: Any, start: Any, columns: int) -> Any:
     return ref.at[rows, pl.ds(start, pl.cdiv(columns, LANES) * LANES)]
 
 
-def tiles_of(ref: Any, columns: int, beyond: float | None = None) -> list[jax.Array]:
-    """The tiles of a chunk in float32; ``beyond`` in the lanes behind the last column."""
+def tiles_of(ref: Any, columns: int, cap: Softcap, beyond: float | None = None) -> list[jax.Array]:
+    """The tiles of a chunk, capped, in float32; ``beyond`` in the lanes behind the last column."""
     tiles = []
     for start in range(0, columns, LANES):
-        x = ref[:, start : start + LANES].astype(jnp.float32)
+        x = cap.logits(ref[:, start : start + LANES].astype(jnp.float32))
         if beyond is not None and start + LANES > columns:
             x = jnp.where(lanes_of(x) < columns - start, x, beyond)
         tiles.append(x)
