@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def launch(folder: Path, ranks: int) -> None:
+def launch(program: str, folder: Path, ranks: int) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -118,7 +118,7 @@ def launch(folder: Path, ranks: int) -> None:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-P", __file__, str(folder)],
+            [sys.executable, "-P", program, str(folder)],
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -136,8 +136,8 @@ def launch(folder: Path, ranks: int) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_take_the_step_of_one_process(tmp_path):
-    launch(tmp_path, ranks=1)
-    launch(tmp_path, ranks=2)
+    launch(__file__, tmp_path, ranks=1)
+    launch(__file__, tmp_path, ranks=2)
     for kind in ("LlamaForCausalLM", "T5ForConditionalGeneration"):
         one, logged_by_one = torch.load(tmp_path / f"{kind}-1.pt")
         two, logged_by_two = torch.load(tmp_path / f"{kind}-2.pt")

@@ -1,13 +1,22 @@
 """What the loss takes from a batch, as keys of a forward and as columns of a data set."""
 
 import copy
+import inspect
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from irl_ops.integrations.transformers import IQLearnCallback, apply_iqlearn
+from irl_ops.integrations.transformers import (
+    IQLearnCallback,
+    apply_iqlearn,
+    iqlearn_loss_func,
+)
+from irl_ops.integrations.transformers.loss import BATCH_OPTIONS, IQLearnOptions
+from irl_ops.integrations.transformers.loss import OPTIONS as RUN_OPTIONS
+from irl_ops.torch import iqlearn_loss
 
 from . import naive
 from .tiny_transformers import (
@@ -134,3 +143,23 @@ def test_weights_of_another_shape_are_refused():
     batch = collate(examples(model))
     with pytest.raises(ValueError, match="token_weights"):
         model(**batch, token_weights=F.pad(torch.ones(batch["labels"].shape), (0, 1)))
+
+
+@pytest.mark.parametrize("function", [apply_iqlearn, iqlearn_loss_func])
+def test_editors_and_mypy_see_the_options_of_the_loss(function):
+    """Unpack[TypedDict], with the types that iqlearn_loss has; nothing of a batch among them."""
+    (unpacked,) = (
+        parameter.annotation
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD
+    )
+    assert get_args(unpacked) == (IQLearnOptions,)
+    of_loss, options = get_type_hints(iqlearn_loss), get_type_hints(IQLearnOptions)
+    assert {"lam", "gamma", "entropy_coef", "eos_token_id", "boundary", "backend"} <= set(
+        RUN_OPTIONS
+    )
+    assert {name: options[name] for name in RUN_OPTIONS} == {
+        name: of_loss[name] for name in RUN_OPTIONS
+    }
+    accepted = set(inspect.signature(iqlearn_loss).parameters) & set(options)
+    assert accepted == set(RUN_OPTIONS) and not accepted & set(BATCH_OPTIONS)

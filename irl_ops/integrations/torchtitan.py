@@ -1,0 +1,155 @@
+"""IQLearn as a loss of torchtitan: ``loss=IQLearnLoss.Config(lam=0.1, eos_token_id=2)``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from irl_ops.torch import iqlearn_loss
+
+if TYPE_CHECKING or importlib.util.find_spec("torchtitan") is None:
+
+    class BaseLoss:
+        """The shape of torchtitan's, where that is not installed."""
+
+        @dataclass(kw_only=True, slots=True)
+        class Config:
+            """What ``build`` makes a loss of."""
+
+            def build(self: Any, **kwargs: Any) -> IQLearnLoss:
+                """The loss."""
+                return IQLearnLoss(self, **kwargs)
+
+else:
+    from torchtitan.components.loss import BaseLoss
+
+
+class IQLearnLoss(BaseLoss):
+    """Offline IQLearn in the place of ``CrossEntropyLoss``, on the whole logits.
+
+    Labels come shifted within their documents, and the trainer passes ``positions``: a document's
+    last row has a label, and the row after it belongs to the next. Give ``eos_token_id``, or a
+    document that a row cuts off counts as ended.
+
+    It must not be the ``loss_fn`` of a ``ChunkedLossWrapper``, the default of most configurations:
+    the next row is missing at each cut. The logits are whole: neither tensor-parallel nor split
+    along the sequence by context parallelism, which a loss cannot see.
+
+    Raises:
+        TypeError: an option's type; tensor-parallel logits; an input that it does not know.
+        ValueError: an option's value; a batch without positions, which pipeline parallelism and
+            torchtitan's validation pass on to no loss; logits of another width than ``vocab_size``.
+        RuntimeError: made or called by a ``ChunkedLossWrapper``.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        """The options of ``irl_ops.torch.iqlearn_loss``, and two more.
+
+        Attributes:
+            vocab_size: what the logits' last axis must have; None for no check.
+            without_positions: what a batch without positions is: "raise" for an error, "documents"
+                where each row is one document, "nll" to leave out the TD term, so that validation
+                reports the NLL.
+        """
+
+        lam: float = 0.1
+        gamma: float = 1.0
+        entropy_coef: float = 0.0
+        eos_token_id: int | tuple[int, ...] | None = None
+        boundary: Literal["terminal", "bootstrap", "drop"] = "terminal"
+        detach_next: bool = False
+        backend: str = "auto"
+        vocab_size: int | None = None
+        without_positions: Literal["raise", "documents", "nll"] = "raise"
+
+    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+        _refuse_chunks()
+        self.config = config
+        if config.without_positions not in ("raise", "documents", "nll"):
+            raise ValueError(
+                f"without_positions={config.without_positions!r}; accepted: 'raise', "
+                "'documents', 'nll'"
+            )
+        self.options = {
+            name: getattr(config, name)
+            for name in ("lam", "gamma", "entropy_coef", "eos_token_id", "boundary", "detach_next")
+        }
+        # The kernels are compiled already, so compile_config has nothing to do.
+        iqlearn_loss(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long), **self.options)
+
+    def __call__(
+        self,
+        pred: Tensor,
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over ``labels`` [B, T], divided by ``global_valid_tokens`` where it is given.
+
+        The metrics ("nll_mean", "td_mean", ...) are scaled as the loss is, so that their sum over
+        micro-batches and ranks is the mean over all tokens.
+        """
+        _refuse_chunks()
+        if inputs:
+            raise TypeError(f"inputs {sorted(inputs)}; accepted: positions")
+        if isinstance(pred, DTensor):
+            raise TypeError(
+                f"pred is a DTensor with placements {pred.placements}; accepted: plain logits, "
+                "which tensor parallelism leaves whole without loss parallelism"
+            )
+        width = self.config.vocab_size
+        if width is not None and pred.shape[-1] != width:
+            raise ValueError(f"pred has {pred.shape[-1]} columns; accepted: vocab_size={width}")
+        options = dict(self.options)
+        if positions is None:
+            if self.config.without_positions == "raise":
+                raise ValueError(
+                    "positions=None: where documents start is unknown; accepted: positions [B, T], "
+                    "or without_positions='documents' or 'nll' in IQLearnLoss.Config"
+                )
+            if self.config.without_positions == "nll":
+                options |= {"lam": 0.0, "entropy_coef": 0.0}
+        else:
+            positions = positions.expand(labels.shape)
+        loss, metrics = iqlearn_loss(
+            pred,
+            labels,
+            position_ids=positions,
+            num_items=global_valid_tokens,
+            reduction="sum" if global_valid_tokens is None else "mean",
+            return_metrics=True,
+            backend=self.config.backend,
+            **options,
+        )
+        tokens = metrics["tokens"]
+        share = tokens if global_valid_tokens is None else tokens / global_valid_tokens
+        return loss, {
+            f"{name}_mean": value * share for name, value in metrics.items() if name != "tokens"
+        }
+
+
+def _refuse_chunks() -> None:
+    """A wrapper of torchtitan's builds its inner loss, and calls it on chunks, in its own frame."""
+    if torch.compiler.is_compiling():
+        return
+    frame = sys._getframe(1)
+    for _ in range(8):  # __init__, build, its log span, the wrapper
+        if frame is None:
+            return
+        owner = frame.f_locals.get("self")
+        if any(kind.__name__ == "ChunkedLossWrapper" for kind in type(owner).__mro__):
+            raise RuntimeError(
+                "IQLearnLoss inside ChunkedLossWrapper: at each cut the next row is missing, and "
+                "the loss would be another; accepted: loss=IQLearnLoss.Config(...) in the place of "
+                "the wrapper"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
