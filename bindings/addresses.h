@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -47,6 +48,16 @@ inline irl::Rows parse_rows(const std::string& dtype, const Axes& sizes, Axes st
   if (vocab < 0)
     throw std::invalid_argument("vocab is " + std::to_string(vocab) + ", accepted are >= 0");
   return {parse_dtype(dtype), vocab, parse_layout("strides", sizes, std::move(strides))};
+}
+
+inline irl::Readout parse_readout(double logit_scale, double softcap) {
+  if (!(logit_scale > 0) || !std::isfinite(static_cast<float>(logit_scale)))
+    throw std::invalid_argument("logit_scale is " + std::to_string(logit_scale) +
+                                ", accepted are finite numbers > 0");
+  if (!(softcap >= 0) || !std::isfinite(static_cast<float>(softcap)))
+    throw std::invalid_argument("softcap is " + std::to_string(softcap) +
+                                ", accepted are finite numbers > 0, and 0 for none");
+  return {static_cast<float>(logit_scale), static_cast<float>(softcap)};
 }
 
 // Adds Call and loss_and_grad to the module.

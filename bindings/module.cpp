@@ -11,60 +11,73 @@ namespace {
 
 void row_stats(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                std::int64_t vocab, Address labels, Address row_max, Address logsum,
-               Address label_logit, Address entropy, std::int64_t threads, const std::string& isa) {
+               Address label_logit, Address entropy, std::int64_t threads, const std::string& isa,
+               double logit_scale, double softcap) {
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
   const std::int64_t workers = parse_threads(threads);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   py::gil_scoped_release released;
   irl::row_stats(chosen, workers, rows, pointer<const void>(logits),
                  pointer<const std::int64_t>(labels), pointer<float>(row_max),
-                 pointer<float>(logsum), pointer<float>(label_logit), pointer<float>(entropy));
+                 pointer<float>(logsum), pointer<float>(label_logit), pointer<float>(entropy),
+                 readout);
 }
 
 void row_grad(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
               std::int64_t vocab, Address labels, Address row_max, Address logsum, Address a,
               Address b, Address c, Address dlogits, Axes dlogits_strides, std::int64_t threads,
-              const std::string& isa) {
+              const std::string& isa, double logit_scale, double softcap) {
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
   const irl::Layout layout = parse_layout("dlogits_strides", sizes, std::move(dlogits_strides));
   const std::int64_t workers = parse_threads(threads);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   py::gil_scoped_release released;
   irl::row_grad(chosen, workers, rows, pointer<const void>(logits),
                 pointer<const std::int64_t>(labels), pointer<const float>(row_max),
                 pointer<const float>(logsum), pointer<const float>(a), pointer<const float>(b),
-                pointer<const float>(c), pointer<void>(dlogits), layout);
+                pointer<const float>(c), pointer<void>(dlogits), layout, readout);
 }
 
 void row_stats_grad(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                     std::int64_t vocab, Address alpha, Address beta, Address entropy_weight,
                     Address row_max, Address logsum, Address entropy, Address dlogits,
-                    Axes dlogits_strides, std::int64_t threads, const std::string& isa) {
+                    Axes dlogits_strides, std::int64_t threads, const std::string& isa,
+                    double logit_scale, double softcap) {
   const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
   const irl::Layout layout = parse_layout("dlogits_strides", sizes, std::move(dlogits_strides));
   const std::int64_t workers = parse_threads(threads);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   py::gil_scoped_release released;
   irl::row_stats_grad(
       chosen, workers, rows, pointer<const void>(logits), pointer<const float>(alpha),
       pointer<const float>(beta), pointer<const float>(entropy_weight), pointer<float>(row_max),
-      pointer<float>(logsum), pointer<float>(entropy), pointer<void>(dlogits), layout);
+      pointer<float>(logsum), pointer<float>(entropy), pointer<void>(dlogits), layout, readout);
 }
 
 void label_logit(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
-                 std::int64_t vocab, Address labels, Address picked) {
+                 std::int64_t vocab, Address labels, Address picked, const std::string& isa,
+                 double logit_scale, double softcap) {
+  const irl::Isa& chosen = irl::find_isa(isa);
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   py::gil_scoped_release released;
   irl::label_logit(rows, pointer<const void>(logits), pointer<const std::int64_t>(labels),
-                   pointer<float>(picked));
+                   pointer<float>(picked), readout, &chosen);
 }
 
 void set_label(Address dlogits, const std::string& dtype, const Axes& sizes, Axes strides,
-               std::int64_t vocab, Address labels, Address elements) {
+               std::int64_t vocab, Address labels, Address elements, Address label_logit,
+               double logit_scale, double softcap) {
   const irl::Rows rows = parse_rows(dtype, sizes, std::move(strides), vocab);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
+  if (softcap != 0 && !label_logit)
+    throw std::invalid_argument("label_logit is 0, a softcap needs it");
   py::gil_scoped_release released;
   irl::set_label(rows, pointer<void>(dlogits), pointer<const std::int64_t>(labels),
-                 pointer<const float>(elements));
+                 pointer<const float>(elements), pointer<const float>(label_logit), readout);
 }
 
 void scale(Address dlogits, const std::string& dtype, const Axes& sizes, Axes strides,
@@ -89,18 +102,22 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The C++ row kernels behind raw addresses; callers own every check and buffer.";
   module.def("row_stats", &row_stats, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
              arg("vocab"), arg("labels"), arg("row_max"), arg("logsum"), arg("label_logit"),
-             arg("entropy"), arg("threads"), arg("isa") = "");
+             arg("entropy"), arg("threads"), arg("isa") = "", arg("logit_scale") = 1.0,
+             arg("softcap") = 0.0);
   module.def("row_grad", &row_grad, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
              arg("vocab"), arg("labels"), arg("row_max"), arg("logsum"), arg("a"), arg("b"),
-             arg("c"), arg("dlogits"), arg("dlogits_strides"), arg("threads"), arg("isa") = "");
+             arg("c"), arg("dlogits"), arg("dlogits_strides"), arg("threads"), arg("isa") = "",
+             arg("logit_scale") = 1.0, arg("softcap") = 0.0);
   module.def("row_stats_grad", &row_stats_grad, arg("logits"), arg("dtype"), arg("sizes"),
              arg("strides"), arg("vocab"), arg("alpha"), arg("beta"), arg("entropy_weight"),
              arg("row_max"), arg("logsum"), arg("entropy"), arg("dlogits"), arg("dlogits_strides"),
-             arg("threads"), arg("isa") = "");
+             arg("threads"), arg("isa") = "", arg("logit_scale") = 1.0, arg("softcap") = 0.0);
   module.def("label_logit", &label_logit, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
-             arg("vocab"), arg("labels"), arg("label_logit"));
+             arg("vocab"), arg("labels"), arg("label_logit"), arg("isa") = "",
+             arg("logit_scale") = 1.0, arg("softcap") = 0.0);
   module.def("set_label", &set_label, arg("dlogits"), arg("dtype"), arg("sizes"), arg("strides"),
-             arg("vocab"), arg("labels"), arg("elements"));
+             arg("vocab"), arg("labels"), arg("elements"), arg("label_logit") = 0,
+             arg("logit_scale") = 1.0, arg("softcap") = 0.0);
   module.def("scale", &scale, arg("dlogits"), arg("dtype"), arg("sizes"), arg("strides"),
              arg("vocab"), arg("factor"), arg("threads"), arg("isa") = "");
   module.def(

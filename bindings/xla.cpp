@@ -2,7 +2,8 @@
 // only file that sees XLA's headers; without them it offers no targets.
 //
 // Logits and dlogits are [..., V], contiguous, of float32, bfloat16 or float16; labels [...] of
-// int32 or int64; all other arrays float32 [...]. A gradient may take the place of its logits.
+// int32 or int64; all other arrays float32 [...]. A gradient may take the place of its logits. The
+// float32 attributes logit_scale and softcap may be left out: 1 and 0.
 #include <cstdint>
 #include <string>
 
@@ -125,31 +126,44 @@ ffi::Error run(const Work& work) {
   return ffi::Error::Success();
 }
 
+float number(const ffi::Dictionary& attributes, const char* name, float otherwise) {
+  if (!attributes.contains(name)) return otherwise;
+  const auto given = attributes.get<float>(name);
+  if (!given.has_value()) throw std::invalid_argument(std::string(name) + " is no float32");
+  return given.value();
+}
+
+irl::Readout readout_of(const ffi::Dictionary& attributes) {
+  return parse_readout(number(attributes, "logit_scale", 1), number(attributes, "softcap", 0));
+}
+
 ffi::Error row_stats(ffi::ThreadPool pool, Array logits, Array labels, Output row_max,
-                     Output logsum, Output label_logit, std::optional<Output> entropy) {
+                     Output logsum, Output label_logit, std::optional<Output> entropy,
+                     ffi::Dictionary attributes) {
   return run([&] {
     Call call(logits);
     irl::row_stats(irl::find_isa(""), team_of(pool), call.rows(), call.logits(),
                    call.labels(labels), call.vector("row_max", *row_max),
                    call.vector("logsum", *logsum), call.vector("label_logit", *label_logit),
-                   entropy ? call.vector("entropy", **entropy) : nullptr);
+                   entropy ? call.vector("entropy", **entropy) : nullptr, readout_of(attributes));
   });
 }
 
 ffi::Error row_grad(ffi::ThreadPool pool, Array logits, Array labels, Array row_max, Array logsum,
-                    Array a, Array b, Array c, Output dlogits) {
+                    Array a, Array b, Array c, Output dlogits, ffi::Dictionary attributes) {
   return run([&] {
     Call call(logits);
     irl::row_grad(irl::find_isa(""), team_of(pool), call.rows(), call.logits(), call.labels(labels),
                   call.vector("row_max", row_max), call.vector("logsum", logsum),
                   call.vector("a", a), call.vector("b", b), call.vector("c", c),
-                  call.gradient(*dlogits), call.rows().layout);
+                  call.gradient(*dlogits), call.rows().layout, readout_of(attributes));
   });
 }
 
 ffi::Error row_stats_grad(ffi::ThreadPool pool, Array logits, Array alpha, Array beta,
                           std::optional<Array> entropy_weight, Output row_max, Output logsum,
-                          Output dlogits, std::optional<Output> entropy) {
+                          Output dlogits, std::optional<Output> entropy,
+                          ffi::Dictionary attributes) {
   return run([&] {
     Call call(logits);
     irl::row_stats_grad(irl::find_isa(""), team_of(pool), call.rows(), call.logits(),
@@ -157,26 +171,31 @@ ffi::Error row_stats_grad(ffi::ThreadPool pool, Array logits, Array alpha, Array
                         entropy_weight ? call.vector("entropy_weight", *entropy_weight) : nullptr,
                         call.vector("row_max", *row_max), call.vector("logsum", *logsum),
                         entropy ? call.vector("entropy", **entropy) : nullptr,
-                        call.gradient(*dlogits), call.rows().layout);
+                        call.gradient(*dlogits), call.rows().layout, readout_of(attributes));
   });
 }
 
-ffi::Error label_logit(Array logits, Array labels, Output picked) {
+ffi::Error label_logit(Array logits, Array labels, Output picked, ffi::Dictionary attributes) {
   return run([&] {
     Call call(logits);
     irl::label_logit(call.rows(), call.logits(), call.labels(labels),
-                     call.vector("label_logit", *picked));
+                     call.vector("label_logit", *picked), readout_of(attributes));
   });
 }
 
 // Only in place: the other elements are there already.
-ffi::Error set_label(Array dlogits, Array labels, Array elements, Output written) {
+ffi::Error set_label(Array dlogits, Array labels, Array elements, std::optional<Array> label_logit,
+                     Output written, ffi::Dictionary attributes) {
   return run([&] {
     Call call(dlogits, "dlogits");
     if (call.gradient(*written) != call.logits())
       throw std::invalid_argument("dlogits has to be the memory of the result");
+    const irl::Readout readout = readout_of(attributes);
+    if (readout.softcap != 0 && !label_logit)
+      throw std::invalid_argument("label_logit is absent, a softcap needs it");
     irl::set_label(call.rows(), call.gradient(*written), call.labels(labels),
-                   call.vector("elements", elements));
+                   call.vector("elements", elements),
+                   label_logit ? call.vector("label_logit", *label_logit) : nullptr, readout);
   });
 }
 
@@ -188,7 +207,8 @@ XLA_FFI_DEFINE_HANDLER(kRowStats, row_stats,
                            .Ret<Array>()
                            .Ret<Array>()
                            .Ret<Array>()
-                           .OptionalRet<Array>());
+                           .OptionalRet<Array>()
+                           .Attrs());
 XLA_FFI_DEFINE_HANDLER(kRowGrad, row_grad,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -199,7 +219,8 @@ XLA_FFI_DEFINE_HANDLER(kRowGrad, row_grad,
                            .Arg<Array>()
                            .Arg<Array>()
                            .Arg<Array>()
-                           .Ret<Array>());
+                           .Ret<Array>()
+                           .Attrs());
 XLA_FFI_DEFINE_HANDLER(kRowStatsGrad, row_stats_grad,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -210,11 +231,18 @@ XLA_FFI_DEFINE_HANDLER(kRowStatsGrad, row_stats_grad,
                            .Ret<Array>()
                            .Ret<Array>()
                            .Ret<Array>()
-                           .OptionalRet<Array>());
+                           .OptionalRet<Array>()
+                           .Attrs());
 XLA_FFI_DEFINE_HANDLER(kLabelLogit, label_logit,
-                       ffi::Ffi::Bind().Arg<Array>().Arg<Array>().Ret<Array>());
+                       ffi::Ffi::Bind().Arg<Array>().Arg<Array>().Ret<Array>().Attrs());
 XLA_FFI_DEFINE_HANDLER(kSetLabel, set_label,
-                       ffi::Ffi::Bind().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+                       ffi::Ffi::Bind()
+                           .Arg<Array>()
+                           .Arg<Array>()
+                           .Arg<Array>()
+                           .OptionalArg<Array>()
+                           .Ret<Array>()
+                           .Attrs());
 
 py::dict targets() {
   const std::pair<const char*, XLA_FFI_Handler*> handlers[] = {

@@ -15,6 +15,8 @@ def row_stats(
     entropy: int,
     threads: int,
     isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> None: ...
 def row_grad(
     logits: int,
@@ -32,6 +34,8 @@ def row_grad(
     dlogits_strides: Sequence[int],
     threads: int,
     isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> None: ...
 def row_stats_grad(
     logits: int,
@@ -49,6 +53,8 @@ def row_stats_grad(
     dlogits_strides: Sequence[int],
     threads: int,
     isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> None: ...
 def label_logit(
     logits: int,
@@ -58,6 +64,9 @@ def label_logit(
     vocab: int,
     labels: int,
     label_logit: int,
+    isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> None: ...
 def set_label(
     dlogits: int,
@@ -67,6 +76,9 @@ def set_label(
     vocab: int,
     labels: int,
     elements: int,
+    label_logit: int = 0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> None: ...
 def scale(
     dlogits: int,

@@ -106,6 +106,43 @@ def poisoned(sizes: tuple[int, ...]) -> Vector:
     return Vector(np.full(sizes, -123456.75, np.float32))
 
 
+@dataclass(frozen=True)
+class Readout:
+    """What the kernels make of logits: q = softcap tanh(logit_scale x / softcap), or the scale."""
+
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert all(float(np.float32(x)) == x for x in (self.logit_scale, self.softcap))
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        return self.logit_scale, self.softcap
+
+    def q(self, x: np.ndarray) -> np.ndarray:
+        if not self.softcap:
+            return self.logit_scale * x
+        return self.softcap * np.tanh(self.logit_scale * x / self.softcap)
+
+    def slope(self, x: np.ndarray) -> np.ndarray:
+        if not self.softcap:
+            return np.full(x.shape, self.logit_scale)
+        with np.errstate(over="ignore"):  # cosh of a saturated logit
+            return self.logit_scale / np.cosh(self.logit_scale * x / self.softcap) ** 2
+
+    def q_tolerance(self, q: np.ndarray) -> np.ndarray:
+        """tanh within 7 units of 2^-24, its argument rounded twice, the product once."""
+        return (10 if self.softcap else self.logit_scale != 1) * EPS * np.abs(q)
+
+    def slope_tolerance(self) -> float:
+        """Of 1 - tanh^2: twice the error of tanh, and the square's and the difference's own."""
+        return 24 * EPS * self.logit_scale if self.softcap else 0.0
+
+
+PLAIN = Readout()
+
+
 @dataclass
 class Exact:
     """Row statistics in float64, from the textbook formulae."""
@@ -164,13 +201,15 @@ def logits_for(
 
 
 def run_stats(
-    q: Placed, labels: np.ndarray, entropy: bool = True, threads: int = 1, isa: str = ""
-) -> list[np.ndarray]:
+    q: Placed, labels: np.ndarray, entropy: bool = True, threads: int = 1, isa: str = "",
+    readout: Readout = PLAIN,
+) -> list[np.ndarray]:  # fmt: skip
     out = [poisoned(q.sizes) for _ in range(4)]
     label_vector = Vector(labels.astype(np.int64))
     _native.row_stats(
         q.address, q.dtype, q.sizes, q.strides, q.vocab, label_vector.address,
         *(v.address for v in out[:3]), out[3].address if entropy else 0, threads, isa,
+        *readout.numbers,
     )  # fmt: skip
     assert all(v.untouched_outside() for v in [*out, label_vector])
     return [v.values for v in out]
@@ -178,19 +217,20 @@ def run_stats(
 
 def run_grad(
     q: Placed, labels: np.ndarray, stats: list[np.ndarray], abc: list[np.ndarray], y: Placed,
-    threads: int = 1, isa: str = "",
+    threads: int = 1, isa: str = "", readout: Readout = PLAIN,
 ) -> None:  # fmt: skip
     inputs = [Vector(np.asarray(v, np.float32)) for v in (*stats, *abc)]
     label_vector = Vector(labels.astype(np.int64))
     _native.row_grad(
         q.address, q.dtype, q.sizes, q.strides, q.vocab, label_vector.address,
         *(v.address for v in inputs), y.address, y.strides, threads, isa,
+        *readout.numbers,
     )  # fmt: skip
 
 
 def run_stats_grad(
     q: Placed, alpha: np.ndarray, beta: np.ndarray, weight: np.ndarray | None, y: Placed,
-    entropy: bool = True, threads: int = 1, isa: str = "",
+    entropy: bool = True, threads: int = 1, isa: str = "", readout: Readout = PLAIN,
 ) -> list[np.ndarray]:  # fmt: skip
     inputs = [Vector(np.asarray(v, np.float32)) for v in (alpha, beta)]
     w = Vector(np.asarray(weight, np.float32)) if weight is not None else None
@@ -199,6 +239,7 @@ def run_stats_grad(
         q.address, q.dtype, q.sizes, q.strides, q.vocab, *(v.address for v in inputs),
         w.address if w else 0, out[0].address, out[1].address, out[2].address if entropy else 0,
         y.address, y.strides, threads, isa,
+        *readout.numbers,
     )  # fmt: skip
     assert all(v.untouched_outside() for v in [*out, *inputs])
     return [v.values for v in out]

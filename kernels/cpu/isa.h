@@ -11,7 +11,8 @@
 
 namespace irl {
 
-// From element `begin` on, until the next segment, the scratch holds exp(q - reference).
+// From element `begin` on, until the next segment, the scratch holds exp(q - reference), up to a
+// power of two and an order of the elements which are the instruction set's own.
 struct Segment {
   std::int64_t begin;
   float reference;
@@ -32,19 +33,31 @@ inline constexpr std::int64_t kLanes = 16;
 // How a row is written: straight to memory where it is mapped and too large for the caches.
 enum class Stores { cached, streamed };
 
+// q = logit_scale x where softcap is 0, else softcap tanh(logit_scale x / softcap), of logits x.
+// logit_scale is above 0, softcap not below. Statistics are those of q, gradients those to x; an x
+// of -inf has q = -softcap where there is a cap, and counts.
+struct Readout {
+  float logit_scale = 1, softcap = 0;
+};
+
 struct RowLoops {
-  // Reads q once. `exps` (vocab + kLanes floats) and `segments` (vocab / kBlock + 2) may be null.
-  RowSums (*scan)(const void* q, std::int64_t vocab, bool entropy, float* exps, Segment* segments);
+  // q of one x, the same bits as in the loops.
+  float (*read)(float x, const Readout& readout);
 
-  // y_j = p_j (a + b log p_j) from the scratch of scan, log_sum = log sum_j exp(q_j - max).
-  // Reads the scratch, and q only where b != 0, both from the cache; writes y once.
-  void (*write_scanned)(const void* q, void* y, std::int64_t vocab, const float* exps,
+  // Reads x once. `exps` (vocab + kLanes floats) and `segments` (vocab / kBlock + 2) may be null.
+  RowSums (*scan)(const void* x, std::int64_t vocab, bool entropy, float* exps, Segment* segments,
+                  const Readout& readout);
+
+  // y_j = p_j (a + b log p_j) dq_j/dx_j from the scratch of scan, log_sum = log sum_j
+  // exp(q_j - max). Reads the scratch, and x only where b != 0 or there is a softcap, both from the
+  // cache; writes y once.
+  void (*write_scanned)(const void* x, void* y, std::int64_t vocab, const float* exps,
                         const Segment* segments, const RowSums& sums, double log_sum, double a,
-                        float b, Stores stores);
+                        float b, Stores stores, const Readout& readout);
 
-  // The same from q alone, any a and b: reads q once, writes y once.
-  void (*write)(const void* q, void* y, std::int64_t vocab, float max, float log_sum, float a,
-                float b, Stores stores);
+  // The same from x alone, any a and b: reads x once, writes y once.
+  void (*write)(const void* x, void* y, std::int64_t vocab, float max, float log_sum, float a,
+                float b, Stores stores, const Readout& readout);
 
   // y_j = 0: writes y once.
   void (*clear)(void* y, std::int64_t vocab, Stores stores);

@@ -19,6 +19,15 @@ IRL_INLINE Lanes muladd(Lanes a, Lanes b, Lanes c) {
   return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
 }
 
+IRL_INLINE Lanes div(Lanes a, Lanes b) {
+  return {{_mm256_div_ps(a.v[0], b.v[0]), _mm256_div_ps(a.v[1], b.v[1])}};
+}
+// a itself: keeps the compiler from joining the product that a is with a later sum.
+IRL_INLINE Lanes rounded(Lanes a) {
+  __asm__("" : "+x"(a.v[0]), "+x"(a.v[1]));
+  return a;
+}
+
 // b where either is NaN, as vmaxps and vminps have it.
 IRL_INLINE Lanes max_or_second(Lanes a, Lanes b) {
   return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}};
@@ -56,33 +65,44 @@ IRL_INLINE Lanes scale(Lanes a, Power p) {
   return {{scale_half(a.v[0], p.n[0]), scale_half(a.v[1], p.n[1])}};
 }
 
+// The float whose exponent is the integer in the lowest bits of t, a sum with 1.5 * 2^23.
+IRL_INLINE __m256 power_half(__m256 t) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
+}
+IRL_INLINE Lanes power(Lanes t) { return {{power_half(t.v[0]), power_half(t.v[1])}}; }
+
 IRL_INLINE Lanes load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
 IRL_INLINE __m128i load_eight(const void* p) {
   return _mm_loadu_si128(static_cast<const __m128i*>(p));
 }
-IRL_INLINE __m256 from_bfloat16(__m128i bits) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
+// The even elements in one register, the odd ones in the other: two operations apart, two together
+// again. Lanes of bfloat16 are in this order until they are stored as bfloat16.
 IRL_INLINE Lanes load(const BFloat16* p) {
-  return {{from_bfloat16(load_eight(p)), from_bfloat16(load_eight(p + 8))}};
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), _mm256_castsi256_ps(odd)}};
 }
 IRL_INLINE Lanes load(const Float16* p) {
   return {{_mm256_cvtph_ps(load_eight(p)), _mm256_cvtph_ps(load_eight(p + 8))}};
 }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
-IRL_INLINE __m256i bfloat16_bits(__m256 a) {
+// Round to nearest even in the upper half of each lane; of a NaN, the one that arithmetic makes is
+// kept. Any other may become a number: quiet first.
+IRL_INLINE __m256i round_to_bfloat16(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-  const __m256 quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x400000)));
-  const __m256 number = _mm256_castsi256_ps(_mm256_add_epi32(bits, half));
-  const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
-  return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(number, quiet, nan)), 16);
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
-IRL_INLINE __m256i pack(const BFloat16*, Lanes a) {
-  const __m256i mixed = _mm256_packus_epi32(bfloat16_bits(a.v[0]), bfloat16_bits(a.v[1]));
-  return _mm256_permute4x64_epi64(mixed, 0xd8);
+IRL_INLINE __m256 quiet(__m256 a) {
+  const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+}
+IRL_INLINE __m256i pack_numbers(const BFloat16*, Lanes a) {
+  const __m256i even = _mm256_srli_epi32(round_to_bfloat16(a.v[0]), 16);
+  return _mm256_blend_epi16(even, round_to_bfloat16(a.v[1]), 0xaa);
+}
+IRL_INLINE __m256i pack(const BFloat16* p, Lanes a) {
+  return pack_numbers(p, {{quiet(a.v[0]), quiet(a.v[1])}});
 }
 IRL_INLINE __m256i pack(const Float16*, Lanes a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -99,7 +119,14 @@ IRL_INLINE void store(Half* p, Lanes a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(p, a));
 }
 
+IRL_INLINE void store_numbers(BFloat16* p, Lanes a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_numbers(p, a));
+}
+
 // Past the caches; p is aligned to the sixteen elements written.
+IRL_INLINE void stream_numbers(BFloat16* p, Lanes a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack_numbers(p, a));
+}
 IRL_INLINE void stream(float* p, Lanes a) {
   _mm256_stream_ps(p, a.v[0]);
   _mm256_stream_ps(p + 8, a.v[1]);
@@ -109,5 +136,12 @@ IRL_INLINE void stream(Half* p, Lanes a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(p, a));
 }
 IRL_INLINE void end_streams() { _mm_sfence(); }
+
+// Sixteen elements as they are, past the caches.
+IRL_INLINE void stream_copy(BFloat16* p, const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+#define IRL_INTERLEAVED BFloat16
 
 #include "exp_polynomial.h"

@@ -11,6 +11,13 @@ IRL_INLINE Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 IRL_INLINE Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 IRL_INLINE Lanes muladd(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+IRL_INLINE Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+// a itself: keeps the compiler from joining the product that a is with a later sum.
+IRL_INLINE Lanes rounded(Lanes a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
+
 // b where either is NaN, as vmaxps and vminps have it.
 IRL_INLINE Lanes max_or_second(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 IRL_INLINE Lanes min_or_second(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -51,6 +58,13 @@ IRL_INLINE void exp_ranged(Lanes (&x)[kCount]) {
   IRL_EACH(p[k] = _mm512_fmadd_ps(p[k], root[k], root[k]));
   IRL_EACH(x[k].v = _mm512_scalef_ps(p[k], n[k]));  // by 2 to the floor of n
 #undef IRL_EACH
+}
+
+// For the scan: exp itself is as short as it can be.
+constexpr int kScanShift = 0;
+template <int kCount>
+IRL_INLINE void exp_scan(Lanes (&x)[kCount]) {
+  exp_ranged(x);
 }
 
 IRL_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -33,6 +33,19 @@ IRL_INLINE Lanes sub(Lanes a, Lanes b) { IRL_EACH(a.v[k] - b.v[k]); }
 IRL_INLINE Lanes mul(Lanes a, Lanes b) { IRL_EACH(a.v[k] * b.v[k]); }
 IRL_INLINE Lanes muladd(Lanes a, Lanes b, Lanes c) { IRL_EACH(a.v[k] * b.v[k] + c.v[k]); }
 
+IRL_INLINE Lanes div(Lanes a, Lanes b) { IRL_EACH(a.v[k] / b.v[k]); }
+// a itself: keeps the compiler from joining the product that a is with a later sum.
+IRL_INLINE Lanes rounded(Lanes a) {
+#if defined(__SSE2__)
+  for (int k = 0; k < 4; ++k) __asm__("" : "+x"(a.v[k]));
+#elif defined(__aarch64__)
+  for (int k = 0; k < 4; ++k) __asm__("" : "+w"(a.v[k]));
+#else
+  for (int k = 0; k < 4; ++k) __asm__("" : "+m"(a.v[k]));
+#endif
+  return a;
+}
+
 // b where either is NaN.
 #if defined(__SSE2__)
 IRL_INLINE Lanes max_or_second(Lanes a, Lanes b) { IRL_EACH((F4)_mm_max_ps(a.v[k], b.v[k])); }
@@ -69,6 +82,9 @@ IRL_INLINE F4 scale_quarter(F4 a, F4 shifted) {
   return a * float_of((first + 127u) << 23) * float_of((second + 127u) << 23);
 }
 IRL_INLINE Lanes scale(Lanes a, Power p) { IRL_EACH(scale_quarter(a.v[k], p.shifted[k])); }
+
+// The float whose exponent is the integer in the lowest bits of t, a sum with 1.5 * 2^23.
+IRL_INLINE Lanes power(Lanes t) { IRL_EACH(float_of(bits_of(t.v[k]) << 23)); }
 
 IRL_INLINE F4 load_four(const float* p) {
   F4 x;

@@ -60,10 +60,18 @@ double entropy_of(const RowSums& sums) {
   return sums.sum == 0 ? 0.0 : log_sum(sums) - sums.weighted / sums.sum;
 }
 
-float label_logit_of(const Rows& rows, const char* q, std::int64_t label) {
+float label_logit_of(const Isa& isa, const Rows& rows, const char* x, std::int64_t label,
+                     const Readout& readout) {
   if (label < 0) return 0.0f;
   if (label >= rows.vocab) return std::numeric_limits<float>::quiet_NaN();
-  return read_element(rows.dtype, q + label * size_of(rows.dtype));
+  return isa.loops[static_cast<int>(rows.dtype)].read(
+      read_element(rows.dtype, x + label * size_of(rows.dtype)), readout);
+}
+
+// dq/dx where the logit is q.
+double slope_at(const Readout& readout, double q) {
+  const double t = readout.softcap == 0 ? 0.0 : q / readout.softcap;
+  return readout.logit_scale * (1 - t) * (1 + t);
 }
 
 // visit(i, row i) for all rows, some of whose labels' elements are on their way to the cache
@@ -93,16 +101,16 @@ double term(float coefficient, double x) {
 
 void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                const std::int64_t* labels, float* row_max, float* logsum, float* label_logit,
-               float* entropy) {
+               float* entropy, const Readout& readout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
   over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
-      const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, nullptr, nullptr);
+      const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, nullptr, nullptr, readout);
       row_max[i] = sums.max;
       logsum[i] = static_cast<float>(log_sum(sums));
-      label_logit[i] = label_logit_of(rows, q, labels[i]);
+      label_logit[i] = label_logit_of(isa, rows, q, labels[i], readout);
       if (entropy) entropy[i] = static_cast<float>(entropy_of(sums));
     }
   });
@@ -110,7 +118,8 @@ void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* l
 
 void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
               const std::int64_t* labels, const float* row_max, const float* logsum, const float* a,
-              const float* b, const float* c, void* dlogits, const Layout& dlogits_layout) {
+              const float* b, const float* c, void* dlogits, const Layout& dlogits_layout,
+              const Readout& readout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
@@ -121,17 +130,20 @@ void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* lo
       const bool labelled = labels[i] >= 0 && labels[i] < rows.vocab;
       const bool empty = a[i] == 0 && b[i] == 0;
       // Read before y, which may be q, is written.
-      const float picked = labelled && !empty ? label_logit_of(rows, q, labels[i]) : 0.0f;
+      const float picked = labelled && (!empty || readout.softcap != 0)
+                               ? label_logit_of(isa, rows, q, labels[i], readout)
+                               : 0.0f;
       if (empty)
         loops.clear(y, rows.vocab, stores);
       else
-        loops.write(q, y, rows.vocab, row_max[i], logsum[i], a[i], b[i], stores);
+        loops.write(q, y, rows.vocab, row_max[i], logsum[i], a[i], b[i], stores, readout);
       if (!labelled) continue;
       double value = c[i];
       if (!empty && !(picked == -HUGE_VALF)) {
         const double log_p = (static_cast<double>(picked) - row_max[i]) - logsum[i];
         value += std::exp(log_p) * (a[i] + b[i] * log_p);
       }
+      if (value != 0) value *= slope_at(readout, picked);
       write_element(rows.dtype, y + labels[i] * size, static_cast<float>(value));
     }
   });
@@ -140,7 +152,7 @@ void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* lo
 void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                     const float* alpha, const float* beta, const float* entropy_weight,
                     float* row_max, float* logsum, float* entropy, void* dlogits,
-                    const Layout& dlogits_layout) {
+                    const Layout& dlogits_layout, const Readout& readout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
@@ -157,8 +169,9 @@ void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const vo
       }
       const float b = entropy_weight ? entropy_weight[i] : 0.0f;
       const bool empty = alpha[i] == 0 && beta[i] == 0 && b == 0;
-      const RowSums sums = loops.scan(q, rows.vocab, entropy || b != 0,
-                                      empty ? nullptr : scratch.exps(), scratch.segments());
+      const RowSums sums =
+          loops.scan(q, rows.vocab, entropy || b != 0, empty ? nullptr : scratch.exps(),
+                     scratch.segments(), readout);
       const double log_s = log_sum(sums), h = entropy || b != 0 ? entropy_of(sums) : 0.0;
       const double a = alpha[i] + term(beta[i], sums.max + log_s) + term(b, h);
       row_max[i] = sums.max;
@@ -169,26 +182,29 @@ void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const vo
         loops.clear(y, rows.vocab, stores);
       else if (std::isfinite(a / sums.sum))
         loops.write_scanned(q, y, rows.vocab, scratch.exps(), scratch.segments(), sums, log_s, a, b,
-                            stores);
+                            stores, readout);
       else  // NaN, inf or no mass: the slow way keeps 0 where q is -inf
         loops.write(q, y, rows.vocab, sums.max, static_cast<float>(log_s), static_cast<float>(a), b,
-                    stores);
+                    stores, readout);
     }
   });
 }
 
-void label_logit(const Rows& rows, const void* logits, const std::int64_t* labels, float* picked) {
+void label_logit(const Rows& rows, const void* logits, const std::int64_t* labels, float* picked,
+                 const Readout& readout, const Isa* isa) {
+  const Isa& chosen = isa ? *isa : find_isa("");
   for_each_label(rows, logits, labels, [&](std::int64_t i, const char* q) {
-    picked[i] = label_logit_of(rows, q, labels[i]);
+    picked[i] = label_logit_of(chosen, rows, q, labels[i], readout);
   });
 }
 
-void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements) {
+void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements,
+               const float* label_logit, const Readout& readout) {
   for_each_label(rows, dlogits, labels, [&](std::int64_t i, const char*) {
     if (labels[i] >= 0 && labels[i] < rows.vocab)
-      write_element(rows.dtype,
-                    row_at(dlogits, rows, rows.layout, i) + labels[i] * size_of(rows.dtype),
-                    elements[i]);
+      write_element(
+          rows.dtype, row_at(dlogits, rows, rows.layout, i) + labels[i] * size_of(rows.dtype),
+          static_cast<float>(elements[i] * slope_at(readout, label_logit ? label_logit[i] : 0.0f)));
   });
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "element.h"
+#include "pool.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -49,7 +50,7 @@ void check_exp(const irl::Isa& isa) {
       x.push_back(float_of(bits | sign));
   std::vector<float> y(x.size());
   loops.write(x.data(), y.data(), static_cast<std::int64_t>(x.size()), 0, 0, 1, 0,
-              irl::Stores::cached);
+              irl::Stores::cached, {});
   double worst = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
     const double exact = std::exp(static_cast<double>(x[i]));
@@ -68,7 +69,7 @@ void check_exp(const irl::Isa& isa) {
   const float wanted[] = {0.0f, std::nanf(""), 1.0f, 1.0f, 1.0f, 0.0f, inf};
   for (int i = 0; i < 7; ++i) {
     float out;
-    loops.write(&special[i], &out, 1, 0, 0, 1, 0, irl::Stores::cached);
+    loops.write(&special[i], &out, 1, 0, 0, 1, 0, irl::Stores::cached, {});
     const bool same = std::isnan(wanted[i]) ? std::isnan(out) : out == wanted[i];
     expect(same, "exp of a special value", isa.name, special[i]);
   }
@@ -110,13 +111,39 @@ void check_bounds(const irl::Isa& isa, irl::Dtype dtype, std::int64_t vocab, std
   for (const float* weight : {static_cast<const float*>(nullptr), zero_and_one.data()})
     irl::row_stats_grad(isa, 2, rows, q.data(), one.data(), one.data(), weight, row_max.data(),
                         logsum.data(), entropy.data(), y.data(), y.layout);
+  for (const irl::Readout readout : {irl::Readout{0.5f, 0}, irl::Readout{2, 3}}) {
+    irl::row_stats(isa, 2, rows, q.data(), labels.data(), row_max.data(), logsum.data(),
+                   label_logit.data(), entropy.data(), readout);
+    irl::row_grad(isa, 2, rows, q.data(), labels.data(), row_max.data(), logsum.data(),
+                  zero_and_one.data(), one.data(), one.data(), y.data(), y.layout, readout);
+    for (const float* weight : {static_cast<const float*>(nullptr), zero_and_one.data()})
+      irl::row_stats_grad(isa, 2, rows, q.data(), one.data(), one.data(), weight, row_max.data(),
+                          logsum.data(), entropy.data(), y.data(), y.layout, readout);
+    irl::label_logit(rows, q.data(), labels.data(), label_logit.data(), readout, &isa);
+    irl::set_label({dtype, vocab, y.layout}, y.data(), labels.data(), one.data(),
+                   label_logit.data(), readout);
+  }
   irl::scale(isa, 2, rows, q.data(), 0.5f);
 
   // The loops alone, streamed: short rows never are by themselves.
   const auto& loops = isa.loops[static_cast<int>(dtype)];
   for (std::int64_t i = 0; i < 6; ++i) {
     loops.write(q.data() + q.layout.offset(i) * q.size, y.data() + y.layout.offset(i) * y.size,
-                vocab, 0, 0, 1, 1, irl::Stores::streamed);
+                vocab, 0, 0, 1, 1, irl::Stores::streamed, {});
+    std::vector<float> exps(static_cast<std::size_t>(vocab + irl::kLanes));
+    std::vector<irl::Segment> segments(static_cast<std::size_t>(vocab / irl::kBlock + 2));
+    const char* x = q.data() + q.layout.offset(i) * q.size;
+    const irl::RowSums sums = loops.scan(x, vocab, true, exps.data(), segments.data(), {});
+    std::vector<char> cached(static_cast<std::size_t>(vocab * y.size));
+    for (const float b : {0.0f, 0.5f}) {
+      char* const out = y.data() + y.layout.offset(i) * y.size;
+      loops.write_scanned(x, out, vocab, exps.data(), segments.data(), sums, std::log(sums.sum), 1,
+                          b, irl::Stores::streamed, {});
+      loops.write_scanned(x, cached.data(), vocab, exps.data(), segments.data(), sums,
+                          std::log(sums.sum), 1, b, irl::Stores::cached, {});
+      expect(std::memcmp(out, cached.data(), cached.size()) == 0, "streamed and cached differ",
+             isa.name, static_cast<double>(vocab));
+    }
     loops.clear(y.data() + y.layout.offset(i) * y.size, vocab, irl::Stores::streamed);
   }
   for (std::int64_t i = 0; i < 6; ++i)
@@ -159,9 +186,45 @@ void check_pools() {
   for (std::thread& thread : threads) thread.join();
 }
 
+// Blocks are whole and aligned, come back while others take some, and never belong to two.
+void check_pool() {
+  irl::Pool& pool = irl::Pool::instance();
+  pool.set_limit(20 << 20);
+  std::vector<std::thread> threads;
+  std::vector<int> wrong(4);
+  for (std::size_t t = 0; t < wrong.size(); ++t)
+    threads.emplace_back([&, t] {
+      for (int step = 0; step < 50; ++step) {
+        const irl::Block block = pool.take((std::int64_t{1} << 21) * (1 + step % 3) - step);
+        char* const bytes = static_cast<char*>(block.at);
+        for (std::int64_t i = 0; i < block.bytes; i += 4096) bytes[i] = static_cast<char>(t);
+        bytes[block.bytes - 1] = static_cast<char>(t);
+        for (std::int64_t i = 0; i < block.bytes; i += 4096)
+          wrong[t] += bytes[i] != static_cast<char>(t);
+        wrong[t] += reinterpret_cast<std::uintptr_t>(bytes) % 4096 != 0;
+        pool.give_back(block);
+        if (step % 20 == 19) pool.release();
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (const int n : wrong) expect(n == 0, "a block belonged to two", "pool", n);
+  expect(pool.idle() <= pool.limit(), "more is idle than may be", "pool", 0);
+  pool.give_back(pool.take(0));
+  pool.set_limit(0);
+  expect(pool.idle() == 0, "blocks are idle without a limit", "pool", 0);
+  bool thrown = false;
+  try {
+    pool.take(std::numeric_limits<std::int64_t>::max());
+  } catch (const std::bad_alloc&) {
+    thrown = true;
+  }
+  expect(thrown, "more than there is was given", "pool", 0);
+}
+
 }  // namespace
 
 int main() {
+  check_pool();
   check_pools();
   for (const irl::Isa* isa : irl::isas()) {
     check_exp(*isa);

@@ -1,0 +1,133 @@
+// The first half of a pass: what is read of a row. Included by loops.h.
+
+IRL_INLINE float largest(Lanes a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l)
+      lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+  return lanes[0];
+}
+
+IRL_INLINE void add_to(double* totals, Lanes a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int l = 0; l < kLanes; ++l) totals[l] += static_cast<double>(lanes[l]);
+}
+
+IRL_INLINE double total(const double* totals) {
+  double sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += totals[l];
+  return sum;
+}
+
+// The largest of the first n elements that is a number, -inf if there is none.
+template <class T, class Read>
+IRL_INLINE float largest_of(const T* x, std::int64_t n, const Read& how) {
+  Lanes m = splat(-kInfinity);
+  std::int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) m = max_or_second(how.read(load(x + j)), m);
+  if (j < n) m = max_or_second(read_some(x + j, n - j, how), m);
+  return largest(m);
+}
+
+struct Accumulator {
+  Lanes max, sum, weighted;
+};
+
+// Adds exp(q - reference) 2^kScanShift, and its product with q - reference; keeps the exponentials
+// where asked. Above the range of exp they mean nothing, and the block is redone.
+template <bool kEntropy, bool kKeep, int kCount>
+IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes reference,
+                           float* keep) {
+  Lanes d[kCount], e[kCount];
+  for (int k = 0; k < kCount; ++k)
+    e[k] = d[k] = max_or_second(splat(kExpZero), sub(q[k], reference));
+  for (int k = 0; k < kCount; ++k) to[k].max = max_or_second(q[k], to[k].max);
+  exp_scan(e);
+  for (int k = 0; k < kCount; ++k) {
+    to[k].sum = add(to[k].sum, e[k]);
+    if (kEntropy) to[k].weighted = muladd(e[k], d[k], to[k].weighted);
+    if (kKeep) store(keep + k * kLanes, e[k]);
+  }
+}
+
+struct BlockSums {
+  Lanes sum, weighted;
+  float max;
+};
+
+template <class T, bool kEntropy, bool kKeep, class Read>
+IRL_INLINE BlockSums block_sums(const T* x, std::int64_t n, float reference, float* exps,
+                                const Read& how) {
+  const Lanes r = splat(reference), zero = splat(0.0f), low = splat(-kInfinity);
+  Accumulator a[4] = {{low, zero, zero}, {low, zero, zero}, {low, zero, zero}, {low, zero, zero}};
+  std::int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    prefetch_four(x + j);
+    Lanes q[4];
+    load_two(x + j, q[0], q[1]);
+    load_two(x + j + 2 * kLanes, q[2], q[3]);
+    for (int k = 0; k < 4; ++k) q[k] = how.read(q[k]);
+    accumulate<kEntropy, kKeep>(a, q, r, exps + j);
+  }
+  for (; j < n; j += kLanes) {
+    const Lanes q[1] = {n - j < kLanes ? read_some(x + j, n - j, how) : how.read(load(x + j))};
+    accumulate<kEntropy, kKeep>(a, q, r, exps + j);
+  }
+  const Lanes max =
+      max_or_second(max_or_second(a[0].max, a[1].max), max_or_second(a[2].max, a[3].max));
+  return {add(add(a[0].sum, a[1].sum), add(a[2].sum, a[3].sum)),
+          add(add(a[0].weighted, a[1].weighted), add(a[2].weighted, a[3].weighted)), largest(max)};
+}
+
+// sum_j exp(q_j - reference), and the same weighted by q_j - reference, in sixteen lanes.
+struct Totals {
+  double sum[kLanes], weighted[kLanes];
+
+  // The same sums measured from another reference: by the factor exp(change).
+  void move(double change) {
+    const double factor = __builtin_exp(change);
+    for (int l = 0; l < kLanes; ++l) {
+      weighted[l] = factor * (weighted[l] + change * sum[l]);
+      sum[l] *= factor;
+    }
+  }
+};
+
+constexpr double kScanUnit = 1.0 / static_cast<double>(std::int64_t{1} << kScanShift);
+
+// Traffic: one read of x. exps stay in the cache.
+//
+// One look at each element: the reference is not the row's maximum, which is known at the end only,
+// but at most kSlack below the largest element so far. A block that rises above that is redone.
+template <class T, bool kEntropy, bool kKeep, class Read>
+RowSums scan(const T* x, std::int64_t vocab, float* exps, Segment* segments, const Read& how) {
+  constexpr float kSlack = 1.0f;
+  RowSums row = {-kInfinity, 0.0, 0.0, 0};
+  Totals totals = {};
+  float reference = largest_of(x, vocab < kBlock ? vocab : kBlock, how);
+  if (reference == -kInfinity) reference = 0.0f;
+  if (kKeep) segments[row.segments++] = {0, reference};
+  for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const std::int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
+    float* keep = exps + (kKeep ? begin : 0);
+    BlockSums block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, keep, how);
+    const bool first_number = row.max == -kInfinity && block.max > -kInfinity;
+    if (block.max > reference + kSlack || (first_number && block.max != reference)) {
+      if (!first_number)
+        totals.move(static_cast<double>(reference) - static_cast<double>(block.max));
+      reference = block.max;
+      if (kKeep) segments[row.segments++] = {begin, reference};
+      block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, keep, how);
+    }
+    if (block.max > row.max) row.max = block.max;
+    add_to(totals.sum, block.sum);
+    if (kEntropy) add_to(totals.weighted, block.weighted);
+  }
+  if (row.max > -kInfinity && row.max != reference)
+    totals.move(static_cast<double>(reference) - static_cast<double>(row.max));
+  row.sum = kScanUnit * total(totals.sum);
+  row.weighted = kScanUnit * total(totals.weighted);
+  return row;
+}
