@@ -39,7 +39,7 @@ class JaxArguments(Arguments):
     def check_wide(self, name: str, x: Any) -> None:
         """float64 needs JAX's 64-bit types, without which it would be rounded."""
         wide = self.is_array(x) and x.dtype == np.float64
-        if wide and not jax.config.read("jax_enable_x64"):
+        if wide and not jax.config.read("jax_enable_x64"):  # type: ignore[no-untyped-call]
             raise TypeError(
                 f"{name} is float64 and JAX's 64-bit types are off; accepted: float32, bfloat16, "
                 "float16, or jax_enable_x64"

@@ -113,6 +113,7 @@ class Loss:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = value.to(logits.device)
+        loss: Tensor
         loss, metrics = iqlearn_loss(
             logits, labels, num_items=num_items, return_metrics=True, **batch, **self.options
         )
