@@ -58,6 +58,8 @@ def read_loss(
         return_metrics: another option, which decides the type of the result.
         is_expert: the third array of the online losses.
     """
+    if "num_items_in_batch" in options:  # a Trainer calls, with outputs in the place of logits
+        refuse(caller, ["num_items_in_batch"], group)
     arguments.check_logits(logits, labels)
     pair = is_expert is not None
     if pair:

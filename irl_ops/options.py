@@ -168,6 +168,10 @@ def names_in(group: Any) -> dict[str, Any]:
 def refuse(caller: str, unknown: ListOf[str], group: Any) -> NoReturn:
     """The TypeError for options that a function does not have."""
     accepted = [name for name in DEFAULTS if name in names_in(group)]
+    hint = ""
+    if "num_items_in_batch" in unknown:  # what a Trainer calls a compute_loss_func with
+        hint = "; for a Trainer: irl_ops.integrations.transformers.iqlearn_loss_func(...)"
     raise TypeError(
-        f"{caller} has no option {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
+        f"{caller} has no option {', '.join(map(repr, unknown))}; accepted: "
+        f"{', '.join(accepted)}{hint}"
     )

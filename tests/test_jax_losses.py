@@ -65,7 +65,9 @@ def test_metrics(backend: str, case: Case) -> None:
     expected, batch = naive.loss(case.name, case.logits.double(), case.labels, **case.options)
     assert_close(tensor(loss), expected, tolerance(case).loss, 1)
     with_entropy = not isinstance(coefficient, float) or coefficient != 0
-    expected = naive.metrics(batch, case.name, with_entropy)
+    zeta = options.get("z_loss", 0.0)
+    with_z = not isinstance(zeta, float) or zeta != 0
+    expected = naive.metrics(batch, case.name, with_entropy, with_z)
     rows = zip(
         (r for s in batch for r in s), case.logits.reshape(-1, case.logits.shape[-1]), strict=True
     )
@@ -77,7 +79,7 @@ def test_metrics(backend: str, case: Case) -> None:
         for metric in (metrics[name], others[name]):
             assert metric.shape == () and metric.dtype == np.float32
             error = 2 * EPS * size  # of one value; that of its square is 2 |delta| as large
-            if name == "td":
+            if name in ("td", "z"):
                 error *= 2 * number**0.5 + error
             assert abs(float(metric) - number) <= error + EPS * abs(number)
 

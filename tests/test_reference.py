@@ -56,7 +56,9 @@ def test_metrics(case: Case) -> None:
     _, batch = naive.loss(case.name, case.logits.double(), case.labels, **case.options)
     coefficient = options["entropy_coef"]
     with_entropy = isinstance(coefficient, np.ndarray) or coefficient != 0
-    expected = naive.metrics(batch, case.name, with_entropy)
+    zeta = options.get("z_loss", 0.0)
+    with_z = not isinstance(zeta, float) or zeta != 0
+    expected = naive.metrics(batch, case.name, with_entropy, with_z)
     assert set(result.metrics) == set(expected)
     for name, number in expected.items():
         assert result.metrics[name] == pytest.approx(number, rel=1e-9, abs=1e-9)

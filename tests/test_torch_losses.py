@@ -52,7 +52,9 @@ def test_metrics(backend: str, case: Case) -> None:
     expected, batch = naive.loss(case.name, case.logits.double(), case.labels, **case.options)
     assert_close(loss.detach(), expected, tolerance(case).loss, 1)
     with_entropy = isinstance(coefficient, torch.Tensor) or coefficient != 0
-    expected = naive.metrics(batch, case.name, with_entropy)
+    zeta = options.get("z_loss", 0.0)
+    with_z = not isinstance(zeta, float) or zeta != 0
+    expected = naive.metrics(batch, case.name, with_entropy, with_z)
     assert set(metrics) == set(others) == set(expected)
     size = magnitude(case)
     for name, number in expected.items():
@@ -60,7 +62,7 @@ def test_metrics(backend: str, case: Case) -> None:
             assert metric.shape == () and metric.dtype == torch.float32
             assert not metric.requires_grad
             error = 2 * EPS * size  # of one value; that of its square is 2 |delta| as large
-            if name == "td":
+            if name in ("td", "z"):
                 error *= 2 * number**0.5 + error
             assert abs(metric.item() - number) <= error + EPS * abs(number)
 
