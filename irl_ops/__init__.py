@@ -3,4 +3,4 @@
 Import the framework you use: ``import irl_ops.torch as irl``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,7 +10,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from irl_ops.algebra import Heads, Sequence
 from irl_ops.arguments import Arguments
-from irl_ops.torch.private import differentiated_by_func
+from irl_ops.torch.private import differentiated_by_func, is_wrapped
 
 
 class TorchArguments(Arguments):
@@ -118,11 +118,6 @@ def _can_look(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return x.device.type == "cpu" and not is_wrapped(x)
-
-
-def is_wrapped(x: Tensor) -> bool:
-    """Whether a transform of torch.func stands between the tensor and its memory."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _refuse_tangent(x: Tensor) -> None:

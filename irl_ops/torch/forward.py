@@ -9,9 +9,10 @@ from torch import Tensor
 
 from irl_ops.call import Call
 from irl_ops.torch import traced
-from irl_ops.torch.arguments import arguments, is_wrapped
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.gradients import AtOnce, Later
+from irl_ops.torch.private import is_wrapped
 from irl_ops.torch.whole import loss_by
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]

@@ -8,6 +8,7 @@ import torch
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _is_tracked: Any = getattr(_functorch, "is_gradtrackingtensor", None)
+_is_wrapped: Any = getattr(_functorch, "is_functorch_wrapped_tensor", None)
 
 
 def differentiated_by_func(x: torch.Tensor) -> bool:
@@ -16,3 +17,11 @@ def differentiated_by_func(x: torch.Tensor) -> bool:
     Then ``torch.func`` itself refuses the autograd function of a loss, in words of its own.
     """
     return False if _is_tracked is None else bool(_is_tracked(x))
+
+
+def is_wrapped(x: torch.Tensor) -> bool:
+    """Whether a transform of torch.func stands between ``x`` and its memory.
+
+    Where torch cannot tell, nothing is taken for wrapped, and reading the memory of what is raises.
+    """
+    return False if _is_wrapped is None else bool(_is_wrapped(x))
