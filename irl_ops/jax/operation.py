@@ -152,7 +152,7 @@ def vector_like(logits: jax.Array) -> Any:
 
 
 def array_like(logits: jax.Array) -> Any:
-    """The type of a gradient."""
+    """The type of the logits' gradient."""
     return jax.ShapeDtypeStruct(logits.shape, logits.dtype)  # type: ignore[no-untyped-call]
 
 
