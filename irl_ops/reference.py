@@ -24,7 +24,7 @@ Float = NDArray[np.float64]
 
 
 class Result(NamedTuple):
-    """A loss and its gradients; float64 but for ``kind``."""
+    """A loss, its gradients and statistics; float64, except for ``kind``."""
 
     loss: Float  # 0-d, or [..., T] for reduction="none"
     dlogits: Float  # [..., T, V]: gradient of the loss, or of sum(grad_output * loss)

@@ -1,4 +1,5 @@
 """Row kernels: what is done to each row of logits, one folder per backend.
 
-They know nothing of sequences or losses: ``irl_ops.algebra`` does, and calls no kernel itself.
+They take rows, labels and coefficients per row. Which row follows which, and which loss the
+coefficients stand for, is known to ``irl_ops.algebra`` alone, which calls no kernel itself.
 """

@@ -32,7 +32,7 @@ class JaxArguments(Arguments):
         return any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer))
 
     def check_logits(self, logits: Any, labels: Any) -> None:
-        """As everywhere, and as ``check_wide``."""
+        """The checks of all frameworks, and ``check_wide``."""
         self.check_wide("logits", logits)
         super().check_logits(logits, labels)
 
@@ -50,7 +50,7 @@ class JaxArguments(Arguments):
         return float(np.asarray(x)) if _at_hand(x) else None
 
     def peek_list(self, x: Any) -> list[int] | None:
-        """The values of an array, likewise."""
+        """The values of an array, under the conditions of ``peek``."""
         listed: list[int] | None = np.asarray(x).tolist() if _at_hand(x) else None
         return listed
 

@@ -49,7 +49,7 @@ class Bend(NamedTuple):
         return q.astype(x.dtype)
 
     def back(self, dq: jax.Array, q: jax.Array) -> jax.Array:
-        """The gradient of x, of that of q."""
+        """The gradient by x, from the one by q."""
         if self.scale is None and self.softcap is None:
             return dq
         dx = _wide(dq) if self.scale is None else _wide(dq) * self.scale
@@ -107,7 +107,7 @@ def backwards(body: Body, carry: Carry, rows: int, chunk: int) -> tuple[Carry, A
 
 
 class Sums(NamedTuple):
-    """The gradients that all chunks add to."""
+    """The sums that every chunk adds its part of the gradients to."""
 
     weight: jax.Array
     bias: jax.Array | None

@@ -17,7 +17,7 @@ from irl_ops.jax.scalar_loss import Given, Metrics, transition
 
 
 class Form(NamedTuple):
-    """What a program is made for."""
+    """What is fixed when a program is compiled."""
 
     chunk: int
     accumulate: str

@@ -147,12 +147,12 @@ def _varying(result: Any, given: Any) -> Any:
 
 
 def vector_like(logits: jax.Array) -> Any:
-    """The type of one float32 number a row."""
+    """The type of one float32 number per row."""
     return jax.ShapeDtypeStruct(logits.shape[:-1], jnp.float32)  # type: ignore[no-untyped-call]
 
 
 def array_like(logits: jax.Array) -> Any:
-    """The type of a gradient."""
+    """The type of the logits' gradient."""
     return jax.ShapeDtypeStruct(logits.shape, logits.dtype)  # type: ignore[no-untyped-call]
 
 

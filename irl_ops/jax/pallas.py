@@ -80,7 +80,7 @@ def row_stats_grad(
 
 
 def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """``q[label]``: one tile a row is read, where the logits consist of whole tiles."""
+    """``q[label]``: reads one tile per row where the logits consist of whole tiles."""
     pick = _label_logit if in_whole_tiles(logits.shape) else reference.label_logit
     picked: jax.Array = pick(_widened(logits), labels)
     return picked

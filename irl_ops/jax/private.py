@@ -31,7 +31,7 @@ def lower_with_devices(primitive: Any) -> None:
 
 
 def platforms(ctx: Any) -> tuple[str, ...]:
-    """What a lowering with this context is for."""
+    """The names of the platforms that a program is lowered for."""
     names: Sequence[str] = ctx.module_context.platforms
     return tuple(names)
 

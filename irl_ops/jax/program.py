@@ -30,7 +30,7 @@ def part(call: Any, logits: Any) -> tuple[Any, Any]:
 
 
 def join(static: Any, traced: Any) -> Any:
-    """The call again."""
+    """The call that ``part`` took apart."""
     return static._make(
         join(a, b) if isinstance(a, RECORDS) else (b if a is None else a)
         for a, b in zip(static, traced, strict=True)

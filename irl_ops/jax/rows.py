@@ -59,7 +59,7 @@ def row_grad(backend: str, *arrays: jax.Array | None) -> jax.Array:
 
 def row_grad_of(name: str) -> Any:
     """``row_grad`` of the backend of that name, which may be given None for B."""
-    if name == "pallas":  # XLA stores a gradient on some TPUs if it has a term more
+    if name == "pallas":  # takes None: a term of zeros makes XLA store dlogits on v7x
         return BACKENDS[name].row_grad
 
     def run(*arrays: Any) -> Any:

@@ -108,18 +108,19 @@ def _at_once(
 
 
 class Dense:
-    """The pass over whole logits, which looks at the labels' before the gradient takes their place.
+    """The pass over whole logits; the label logits are read before the gradient overwrites them.
 
-    Where the gradient does not depend on them, as that of MLE, XLA would look afterwards, and copy
-    the logits to be able to. A sum with zeros that it cannot foresee makes the gradient depend on
-    them; it takes optimization barriers away before it orders its steps.
+    The gradient of MLE does not depend on the label logits, so XLA could read them after the
+    kernel that overwrites the logits, and would copy all logits for that. Adding zeros made of the
+    label logits, which XLA cannot fold, makes the gradient depend on them and fixes the order. An
+    optimization barrier would not: XLA removes barriers before it orders the steps.
     """
 
     def __init__(self, kernels: ModuleType, logits: jax.Array) -> None:
         self.kernels, self.logits = kernels, logits
 
     def label_logit(self, labels: jax.Array) -> jax.Array:
-        """``q[label]``, and a note of it."""
+        """``q[label]``, also kept for ``stats_grad``."""
         picked: jax.Array = self.kernels.label_logit(self.logits, labels)
         self.picked = picked
         return picked
@@ -127,7 +128,7 @@ class Dense:
     def stats_grad(
         self, labels: jax.Array, given: algebra.Coefficients, finish: algebra.Finish
     ) -> tuple[jax.Array, algebra.Finished]:
-        """The gradient, and what was finished, in one window."""
+        """The gradient and the finished rows; all rows are one window."""
         zeros = 0.0 * jnp.where(jnp.isfinite(self.picked), self.picked, 0.0)
         given = given._replace(alpha=given.alpha + zeros)
         row_max, logsum, entropy, dlogits = self.kernels.row_stats_grad(self.logits, *given)

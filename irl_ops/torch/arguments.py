@@ -35,12 +35,12 @@ class TorchArguments(Arguments):
         return x.item() if _can_look(x) else None
 
     def peek_list(self, x: Tensor) -> list[int] | None:
-        """The values of a tensor of integers, likewise."""
+        """The values of an integer tensor, under the conditions of ``peek``."""
         listed: list[int] | None = x.tolist() if _can_look(x) else None
         return listed
 
     def check_logits(self, logits: Any, labels: Any) -> None:
-        """As every framework's, and without a transform that the losses do not know."""
+        """The checks of all frameworks; refuses transforms that the losses do not support."""
         super().check_logits(logits, labels)
         if torch.compiler.is_compiling():
             return
@@ -52,14 +52,14 @@ class TorchArguments(Arguments):
         _refuse_tangent(logits)
 
     def check_place(self, name: str, x: Tensor, other: Tensor) -> None:
-        """On one device; a number may be on the CPU."""
+        """Both on one device; a 0-d tensor may be on the CPU."""
         if x.device != other.device and not (x.ndim == 0 and x.device.type == "cpu"):
             raise ValueError(
                 f"{name} is on {x.device}; accepted: {other.device}, where the logits are"
             )
 
     def check_constant(self, name: str, x: Tensor) -> None:
-        """No gradient and no tangent."""
+        """Refuses a tensor that requires a gradient or carries a tangent."""
         if x.requires_grad:
             raise ValueError(
                 f"{name} requires a gradient, which this loss does not compute; accepted: "
@@ -68,7 +68,7 @@ class TorchArguments(Arguments):
         _refuse_tangent(x)
 
     def heads(self, labels: Any, given: Heads) -> Heads:
-        """As every framework's, and without a tangent."""
+        """The checks of all frameworks; refuses tangents."""
         for x in (given.values, given.next_values):
             if isinstance(x, Tensor):
                 _refuse_tangent(x)

@@ -99,7 +99,7 @@ class Kept:
         self.layer = layer._replace(hidden=self.take(hidden.flatten(0, -2), flat=True))
 
     def take(self, x: Any, flat: bool = False) -> Any:
-        """The needed rows of an array of all."""
+        """Of an array of all rows, those that are needed."""
         if x is None:
             return None
         rows = x if flat else x.flatten()

@@ -27,7 +27,7 @@ Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
 def loss(call: Call, layer: Layer, labels: Tensor, backend: str) -> Loss:
-    """Any loss, differentiable."""
+    """Any loss of a linear layer, differentiable, from statistics computed chunk by chunk."""
     heads, weighting = in_dtype(call, layer.hidden)
     rows = ops.align(labels, layer.weight.shape[0], call.sequence)
     weights = algebra.weigh(xp, rows.kind, call.terms, weighting)

@@ -122,7 +122,7 @@ def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
-    """Writes one element a row, rounded once; rows without a good label keep what they have."""
+    """Writes one element per row, rounded once; a row without a valid label stays as it is."""
     labels, elements = labels.contiguous(), elements.contiguous()
     _native.set_label(*_rows(dlogits), _address(labels), _address(elements))
 

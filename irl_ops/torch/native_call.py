@@ -24,7 +24,7 @@ class Fields:
         self.call.labels = self.address(labels, torch.int64)
 
     def address(self, x: Tensor, dtype: torch.dtype) -> int:
-        """Of the rows, contiguous and in that dtype."""
+        """The address of the array's elements, contiguous and in that dtype."""
         x = x.detach()
         if x.dtype != dtype or not x.is_contiguous():
             x = x.to(dtype).contiguous()

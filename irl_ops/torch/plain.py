@@ -40,7 +40,7 @@ def row_stats_grad(
 
 
 def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
-    """Writes one element a row, rounded once; rows without a good label keep what they have."""
+    """Writes one element per row, rounded once; a row without a valid label stays as it is."""
     dlogits.copy_(reference.set_label(dlogits, labels, elements))
 
 

@@ -17,7 +17,7 @@ def refuse_second_derivative() -> None:
 
 
 def refuse_second_pass() -> NoReturn:
-    """The gradient is gone."""
+    """Raises for a second backward pass, whose gradient the first has given away."""
     raise RuntimeError(
         "irl_ops: backward ran a second time through the same loss, whose gradient the first pass "
         "has handed over; call the loss again for another pass"

@@ -23,13 +23,13 @@ class Dense:
         self.kernels, self.logits, self.dlogits = kernels, logits, dlogits
 
     def label_logit(self, labels: Tensor) -> Tensor:
-        """``q[label]``."""
+        """``q[label]``, also kept for ``stats_grad``."""
         picked: Tensor = self.kernels.label_logit(self.logits, labels)
         self.picked = picked
         return picked
 
     def stats_grad(self, labels: Tensor, given: Coefficients, finish: Any) -> tuple[None, Finished]:
-        """One window."""
+        """The gradient goes into ``dlogits``; all rows are one window."""
         stats = self.kernels.row_stats_grad(self.logits, *given, self.dlogits)
         row_max, logsum, entropy = stats
         done: Finished = finish(lambda x: x, row_max, logsum, self.picked, entropy, 0.0)

@@ -135,7 +135,7 @@ def launch_row_stats_grad(logits: Tensor, dlogits: Tensor, *vectors: Tensor | No
 
 
 def launch_label_logit(logits: Tensor, labels: Tensor, picked: Tensor) -> None:
-    """Into ``picked``."""
+    """Writes ``q[label]`` of each row into ``picked``."""
     block = dispatch.LABELS
     for q, y, out in planes((logits,), labels, picked):
         _kernel("labels", "label_logit")[(block.programs(_rows(q)),)](
@@ -144,7 +144,7 @@ def launch_label_logit(logits: Tensor, labels: Tensor, picked: Tensor) -> None:
 
 
 def launch_set_label(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
-    """Into ``dlogits``."""
+    """Writes each row's element at its label into ``dlogits``."""
     block = dispatch.LABELS
     for d, y, x in planes((dlogits,), labels, elements):
         _kernel("labels", "set_label")[(block.programs(_rows(d)),)](
@@ -154,7 +154,7 @@ def launch_set_label(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
 
 @functools.cache
 def _kernel(module: str, function: str | None = None) -> Any:
-    """A row kernel, for its launches."""
+    """The row kernel of that name, to be launched."""
     found = importlib.import_module(f"irl_ops.kernels.triton.{module}")
     return getattr(found, function or module)
 

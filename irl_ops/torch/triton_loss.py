@@ -169,7 +169,7 @@ class Numbers:
 
 @functools.cache
 def stage(module: str, function: str) -> Any:
-    """A stage of the algebra, for its launches."""
+    """The Triton function of a stage of the algebra, to be launched."""
     return getattr(importlib.import_module(f"irl_ops.algebra.triton.{module}"), function)
 
 
@@ -185,7 +185,7 @@ def _layout(plane: Tensor | None) -> tuple[int, int, int]:
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    """Contiguous, and bytes for flags."""
+    """The array detached and contiguous; bools as bytes, which is what the kernels read."""
     if x is None:
         return None
     x = x.detach().contiguous()
@@ -193,7 +193,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 
 def _marks(sequence: Sequence) -> tuple[Tensor | None, str]:
-    """The array that marks segments, and its name."""
+    """The array that marks segments and the name of its option."""
     for name in ("segment_ids", "position_ids", "cu_seqlens"):
         marks = getattr(sequence, name)
         if marks is not None:

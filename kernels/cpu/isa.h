@@ -75,7 +75,7 @@ struct Isa {
 // Those this CPU can run, best first.
 const std::vector<const Isa*>& isas();
 
-// The one of that name. An empty name means IRL_OPS_ISA (read once a process), or else the best.
+// The one of that name. An empty name means IRL_OPS_ISA (read once per process), or else the best.
 // Throws std::invalid_argument where the CPU or this build does not have it.
 const Isa& find_isa(const std::string& name);
 

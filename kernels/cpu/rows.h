@@ -2,9 +2,9 @@
 //
 // logits and dlogits are arrays of rows by `vocab` columns, the last axis contiguous, the rows
 // where their Layout says; both may be the same memory with the same layout. Row vectors hold one
-// float a row, contiguous; labels one int64 a row: below 0 is "no label", vocab or above is bad and
-// gives a NaN, nothing being read or written for it. Arithmetic is float32, sums end in double. The
-// result is the same bits for any number of threads. Every output is written on every path.
+// float per row, contiguous; labels one int64 per row: below 0 is "no label", vocab or above is bad
+// and gives a NaN, nothing being read or written for it. Arithmetic is float32, sums end in double.
+// The result is the same bits for any number of threads. Every output is written on every path.
 //
 // Where a Readout is given, logits are x and every q below is what it makes of them; dlogits is the
 // gradient to x. Write q for a row, p = softmax(q). A row that is all -inf, or has no columns, has
@@ -43,17 +43,17 @@ void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* lo
 // A = alpha + beta (row_max + logsum) + entropy_weight entropy and B = entropy_weight; a term whose
 // coefficient is 0 counts as 0. entropy_weight null means 0; entropy may be null. Where alpha =
 // -inf nobody needs the row: its statistics and its gradient are 0. Traffic: one read of the
-// logits, but for rows of alpha = -inf, and one write of dlogits.
+// logits, except in rows of alpha = -inf, and one write of dlogits.
 void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
                     const float* alpha, const float* beta, const float* entropy_weight,
                     float* row_max, float* logsum, float* entropy, void* dlogits,
                     const Layout& dlogits_layout, const Readout& readout = {});
 
-// The two ends of a pass: what row_stats_grad leaves to its caller, one element a row.
+// The two ends of a pass: what row_stats_grad leaves to its caller, one element per row.
 // label_logit as in row_stats, in the arithmetic of the instruction set, null being the best one.
-// set_label writes elements[i], the derivative by q, times dq/dx at the row's label, rounded once,
-// and nothing in a row without a good one; it finds dq/dx from q, so that a softcap needs the
-// label_logit, which is null without one.
+// set_label writes elements[i], the derivative by q, times dq/dx at the row's label, rounded once;
+// in a row without a valid label it writes nothing. It computes dq/dx from q: with a softcap it
+// needs label_logit, which is null without one.
 void label_logit(const Rows& rows, const void* logits, const std::int64_t* labels, float* picked,
                  const Readout& readout = {}, const Isa* isa = nullptr);
 void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, const float* elements,

@@ -1,4 +1,4 @@
-"""One element a row: label_logit reads it, set_label writes it.
+"""One element per row: label_logit reads it, set_label writes it.
 
 Traffic: of every row the one tile that holds the label's element (4 KiB), read and in set_label
 written again. Logits have to be ``in_whole_tiles``: no copy may leave the array.

@@ -1,6 +1,6 @@
 """The arithmetic of a group of rows, in float32, lane by lane.
 
-Each of the 128 lanes keeps a maximum and sums of its own, so that they meet once a row.
+Each of the 128 lanes keeps a maximum and sums of its own, so that they are combined once per row.
 A lane that has seen nothing but -inf has the maximum -inf, the origin 0 and empty sums.
 """
 

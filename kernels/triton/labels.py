@@ -1,7 +1,7 @@
 """One element per row: label_logit reads it, set_label writes it.
 
-Traffic: one 32-byte sector a row. A label below 0 is none, one of V or more is bad: neither is ever
-turned into an address.
+Traffic: one 32-byte sector per row. A label below 0 is none, one of V or more is bad: neither is
+ever turned into an address.
 """
 
 import triton
