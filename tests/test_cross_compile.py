@@ -19,7 +19,7 @@ def compile_with_zig(target: str, source: Path, out: Path, *includes: str) -> No
     """A warning is an error."""
     if importlib.util.find_spec("ziglang") is None:
         pytest.skip("needs ziglang (pip install ziglang), a clang with every target in it")
-    command = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-std=c++17", "-O1"]
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-std=c++17", "-O0"]
     command += [
         "-fvisibility=hidden",
         "-Wall",

@@ -102,7 +102,7 @@ def check(case: Case, parts: dict, options: dict, dtype: str, **more: Any) -> No
 
 
 @given(data=st.data(), case=cases(garbage=False))
-@settings(max_examples=25)
+@settings(max_examples=8)
 def test_float64(data: Any, case: Case) -> None:
     """The formulas, without roundings: every option, every chunk size."""
     parts, options = data.draw(layers(case))
@@ -115,7 +115,7 @@ def test_float64(data: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @given(data=st.data(), case=cases(garbage=False))
-@settings(max_examples=12)
+@settings(max_examples=3)
 def test_row_kernels_in_chunks(dtype: str, data: Any, case: Case) -> None:
     parts, options = data.draw(layers(case))
     backend = data.draw(st.sampled_from(["auto", "native", "reference"]))

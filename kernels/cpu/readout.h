@@ -11,13 +11,6 @@ struct Plain {
   IRL_INLINE_MEMBER Lanes slope(Lanes) const { return splat(1.0f); }
 };
 
-struct LinearlyScaled {
-  static constexpr bool kCapped = false;
-  Lanes scale;
-  IRL_INLINE_MEMBER Lanes read(Lanes x) const { return rounded(mul(scale, x)); }
-  IRL_INLINE_MEMBER Lanes slope(Lanes) const { return splat(1.0f); }
-};
-
 // tanh(u) = u P(u^2) / Q(u^2), within 7 units of 2^-24 relatively, and at most 1. Beyond 9.02 it
 // rounds to 1. NaN stays NaN.
 IRL_INLINE Lanes tanh_of(Lanes u) {
@@ -38,25 +31,36 @@ IRL_INLINE Lanes tanh_of(Lanes u) {
   return max_or_second(splat(-1.0f), min_or_second(splat(1.0f), t));
 }
 
-struct Capped {
+// A scale, and a soft cap where there is one. Its functions are not inlined: each loop would be
+// compiled into several times its size, for logits that are rarely bent.
+IRL_NOT_INLINE Lanes bent(bool capped, Lanes scale, Lanes softcap, Lanes x) {
+  const Lanes u = mul(scale, x);
+  return rounded(capped ? mul(softcap, tanh_of(u)) : u);
+}
+
+IRL_NOT_INLINE Lanes slope_of_cap(Lanes scale, Lanes x) {
+  const Lanes t = tanh_of(mul(scale, x));
+  return sub(splat(1.0f), mul(t, t));
+}
+
+struct Bent {
   static constexpr bool kCapped = true;
-  Lanes scale, softcap;  // scale = logit_scale / softcap
-  IRL_INLINE_MEMBER Lanes read(Lanes x) const {
-    return rounded(mul(softcap, tanh_of(mul(scale, x))));
-  }
+  bool capped;
+  Lanes scale, softcap;  // scale = logit_scale, / softcap where there is one
+  IRL_INLINE_MEMBER Lanes read(Lanes x) const { return bent(capped, scale, softcap, x); }
   IRL_INLINE_MEMBER Lanes slope(Lanes x) const {
-    const Lanes t = tanh_of(mul(scale, x));
-    return sub(splat(1.0f), mul(t, t));
+    return capped ? slope_of_cap(scale, x) : splat(1.0f);
   }
 };
 
-IRL_INLINE LinearlyScaled scaled(const Readout& readout) { return {splat(readout.logit_scale)}; }
-IRL_INLINE Capped capped(const Readout& readout) {
-  return {splat(readout.logit_scale / readout.softcap), splat(readout.softcap)};
+IRL_INLINE Bent bent_by(const Readout& readout) {
+  const bool capped = readout.softcap != 0.0f;
+  const float scale = capped ? readout.logit_scale / readout.softcap : readout.logit_scale;
+  return {capped, splat(scale), splat(readout.softcap)};
 }
 
 // What FUNCTION, given how to read as its last argument, returns for this readout.
-#define IRL_WITH_READOUT(FUNCTION, ...)                                           \
-  if (readout.softcap != 0.0f) return FUNCTION(__VA_ARGS__, capped(readout));     \
-  if (readout.logit_scale != 1.0f) return FUNCTION(__VA_ARGS__, scaled(readout)); \
+#define IRL_WITH_READOUT(FUNCTION, ...)                       \
+  if (readout.softcap != 0.0f || readout.logit_scale != 1.0f) \
+    return FUNCTION(__VA_ARGS__, bent_by(readout));           \
   return FUNCTION(__VA_ARGS__, Plain{})
