@@ -1,6 +1,6 @@
 """Breaks the code on purpose, one break at a time, and runs the test that has to notice it.
 
-    python -P tests/mutants.py              # all of tests/mutant_table.py
+    python -P tests/mutants.py              # all of tests/mutant_table
     python -P tests/mutants.py -k triton    # those whose description holds a word
     python -P tests/mutants.py --list
 
@@ -29,7 +29,9 @@ OBJECTS = ROOT / "build" / "mutants"  # of the C++ code as it is, kept from run 
 
 
 def load_table() -> Any:
-    spec = importlib.util.spec_from_file_location("mutant_table", ROOT / "tests/mutant_table.py")
+    """By its path: tests is a package of the copy, and imported there."""
+    table = ROOT / "tests/mutant_table/__init__.py"
+    spec = importlib.util.spec_from_file_location("mutant_table", table)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["mutant_table"] = module
