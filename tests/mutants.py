@@ -190,7 +190,7 @@ def outcome_of(root: Path, extension: Extension, mutant: Any, log: Path) -> str:
         path = place(root, mutant.room, mutant.text)
     except LookupError as error:
         return str(error)
-    whole = path.read_text(encoding="utf-8")
+    whole, seen = path.read_text(encoding="utf-8"), path.stat()
     compiled = path.suffix in (".cpp", ".h")
     try:
         path.write_text(whole.replace(mutant.text, mutant.replacement), encoding="utf-8")
@@ -201,6 +201,8 @@ def outcome_of(root: Path, extension: Extension, mutant: Any, log: Path) -> str:
         return f"does not compile: {error}"
     finally:
         path.write_text(whole, encoding="utf-8")
+        # as old as before, so that only what is linked is made again
+        os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
         if compiled:
             extension.build()
     if status == 0:

@@ -94,9 +94,15 @@ MUTANTS = [
         "plain TD rows",
     ),
     algebra(
-        "the neighbour is the row itself",
+        "the neighbour's weight is the row's own",
         "xp.where(onto, preceding(xp, loss.td, edge.td), 0.0)",
         "xp.where(onto, loss.td, 0.0)",
+        "weights, int32 labels",
+    ),
+    algebra(
+        "alpha takes the row's own label",
+        "preceding(xp, label_logit, edge.label_logit)",
+        "label_logit",
         "plain TD rows",
     ),
     algebra(
@@ -154,6 +160,6 @@ MUTANTS = [
         CHUNKS,
         "behind = done[0].stats.value[:1]",
         "behind = 0.0",
-        "tests/test_torch_linear.py::test_against_float64",
+        "tests/test_torch_linear.py::test_two_chunk_sizes_agree[mean]",
     ),
 ]

@@ -53,6 +53,12 @@ MUTANTS = [
         "truncated, by row",
     ),
     cpu(
+        "the neighbour's weight is the row's own",
+        "const double d = loss.td[i - 1];",
+        "const double d = loss.td[i];",
+        "weights, int32 labels",
+    ),
+    cpu(
         "alpha takes the row's own label",
         "masked(d, label_logit[i - 1])",
         "masked(d, label_logit[i])",

@@ -47,6 +47,18 @@ MUTANTS = [
         "none",
     ),
     triton(
+        "the neighbour's weight is the row's own",
+        "i - 1, before, kind_before, weights, is_expert, length, mle, td, agent_td, above,",
+        "i, before, kind_before, weights, is_expert, length, mle, td, agent_td, above,",
+        "weights, int32 labels",
+    ),
+    triton(
+        "alpha takes the row's own label",
+        "picked = tl.load(label_logit + i - 1, before, 0.0)",
+        "picked = tl.load(label_logit + i, before, 0.0)",
+        "plain TD rows",
+    ),
+    triton(
         "gamma is lost in alpha",
         "a -= 2 * discount * d_before *",
         "a -= 2 * d_before *",
