@@ -145,6 +145,18 @@ def warm_up() -> None:
     assert not any(name.startswith("irl_ops") for name in sys.modules)
 
 
+class WithoutShrinking:
+    """That a test fails is all that is asked; to make its example small can take minutes."""
+
+    def pytest_configure(self) -> None:
+        from hypothesis import Phase, settings
+
+        ours = settings.get_profile("irl_ops")  # of the copy's conftest.py, which is loaded by now
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutants", ours, phases=phases)
+        settings.load_profile("mutants")
+
+
 def run_tests(root: Path, tests: list[str], log: Path) -> int:
     """pytest's exit status in the copy; below 0, the signal that ended it."""
     child = os.fork()
@@ -160,7 +172,7 @@ def run_tests(root: Path, tests: list[str], log: Path) -> int:
                 import pytest
 
                 options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-                status = int(pytest.main([*options, *tests]))
+                status = int(pytest.main([*options, *tests], plugins=[WithoutShrinking()]))
         finally:
             os._exit(status)
     _, ended = os.waitpid(child, 0)
