@@ -1,6 +1,6 @@
 """Breaks the code on purpose, one break at a time, and runs the test that has to notice it.
 
-    python -P tests/mutants.py              # all of tests/mutant_table.py
+    python -P tests/mutants.py              # all of tests/mutant_table
     python -P tests/mutants.py -k triton    # those whose description holds a word
     python -P tests/mutants.py --list
 
@@ -29,7 +29,9 @@ OBJECTS = ROOT / "build" / "mutants"  # of the C++ code as it is, kept from run 
 
 
 def load_table() -> Any:
-    spec = importlib.util.spec_from_file_location("mutant_table", ROOT / "tests/mutant_table.py")
+    """By its path: tests is a package of the copy, and imported there."""
+    table = ROOT / "tests/mutant_table/__init__.py"
+    spec = importlib.util.spec_from_file_location("mutant_table", table)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["mutant_table"] = module
@@ -143,6 +145,18 @@ def warm_up() -> None:
     assert not any(name.startswith("irl_ops") for name in sys.modules)
 
 
+class WithoutShrinking:
+    """That a test fails is all that is asked; to make its example small can take minutes."""
+
+    def pytest_configure(self) -> None:
+        from hypothesis import Phase, settings
+
+        ours = settings.get_profile("irl_ops")  # of the copy's conftest.py, which is loaded by now
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutants", ours, phases=phases)
+        settings.load_profile("mutants")
+
+
 def run_tests(root: Path, tests: list[str], log: Path) -> int:
     """pytest's exit status in the copy; below 0, the signal that ended it."""
     child = os.fork()
@@ -158,7 +172,7 @@ def run_tests(root: Path, tests: list[str], log: Path) -> int:
                 import pytest
 
                 options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-                status = int(pytest.main([*options, *tests]))
+                status = int(pytest.main([*options, *tests], plugins=[WithoutShrinking()]))
         finally:
             os._exit(status)
     _, ended = os.waitpid(child, 0)
@@ -188,7 +202,7 @@ def outcome_of(root: Path, extension: Extension, mutant: Any, log: Path) -> str:
         path = place(root, mutant.room, mutant.text)
     except LookupError as error:
         return str(error)
-    whole = path.read_text(encoding="utf-8")
+    whole, seen = path.read_text(encoding="utf-8"), path.stat()
     compiled = path.suffix in (".cpp", ".h")
     try:
         path.write_text(whole.replace(mutant.text, mutant.replacement), encoding="utf-8")
@@ -199,6 +213,8 @@ def outcome_of(root: Path, extension: Extension, mutant: Any, log: Path) -> str:
         return f"does not compile: {error}"
     finally:
         path.write_text(whole, encoding="utf-8")
+        # as old as before, so that only what is linked is made again
+        os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
         if compiled:
             extension.build()
     if status == 0:

@@ -28,10 +28,10 @@ def test_torch(backend: str, reduction: str, name: str) -> None:
 
 @every_case
 def test_torch_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The algebra around the C++ row kernels, as compilers see it."""
-    from irl_ops.torch import single_pass
+    """The array algebra around the C++ row kernels, instead of the one in C++."""
+    from irl_ops.torch import whole
 
-    monkeypatch.setattr(single_pass, "_is_direct", lambda backend, x: False)
+    monkeypatch.delitem(whole.COMPILED, "native")
     case = CASES[name]
     check(partial(getattr(irl_ops.torch, case.name), backend="native"), case)
 

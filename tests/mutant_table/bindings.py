@@ -1,0 +1,78 @@
+"""Breaks between the frameworks and the compiled code."""
+
+from .mutant import BINDINGS, CASES, LAUNCHES, TRANSPOSED, Mutant, binding
+
+MUTANTS = [
+    Mutant(
+        "bindings: row_stats takes labels that do not lie row by row",
+        BINDINGS,
+        "labels = labels.contiguous()  # under",
+        "labels = labels  # under",
+        f"{CASES}{TRANSPOSED}[native]",
+    ),
+    Mutant(
+        "bindings: set_label_ takes vectors that do not lie row by row",
+        BINDINGS,
+        "labels, elements = labels.contiguous(), elements.contiguous()",
+        "labels, elements = labels, elements",
+        f"{CASES}{TRANSPOSED}[native]",
+    ),
+    Mutant(
+        "bindings: row_grad takes coefficients that do not lie row by row",
+        BINDINGS,
+        "a, b, c = a.contiguous(), b.contiguous(), c.contiguous()",
+        "a, b, c = a, b, c",
+        f"{CASES}{TRANSPOSED}[native]",
+    ),
+    Mutant(
+        "bindings: Triton's row_stats_grad takes an alpha that does not lie row by row",
+        LAUNCHES,
+        "(alpha.contiguous(), beta.contiguous(), weight)",
+        "(alpha, beta.contiguous(), weight)",
+        f"{CASES}{TRANSPOSED}[triton]",
+    ),
+    Mutant(
+        "bindings: Triton's set_label_ takes labels that do not lie row by row",
+        LAUNCHES,
+        "launch_set_label(dlogits, labels.contiguous(), elements.contiguous())",
+        "launch_set_label(dlogits, labels, elements.contiguous())",
+        f"{CASES}{TRANSPOSED}[triton]",
+    ),
+    binding(
+        "a whole call takes labels that do not lie row by row",
+        "if x.dtype != dtype or not x.is_contiguous():",
+        "if x.dtype != dtype:",
+        "transposed labels",
+    ),
+    binding(
+        "flags by row are read by sequence",
+        "by_row = x.shape == self.shape",
+        "by_row = False",
+        "truncated, by row",
+    ),
+    binding(
+        "detach_next is not handed on",
+        "self.call.detach_next = given.detach_next",
+        "self.call.detach_next = False",
+        "detached",
+    ),
+    binding(
+        "the items of the agents for those of the experts",
+        "call.weighting.num_items[0] = expert;",
+        "call.weighting.num_items[0] = agent;",
+        "experts and agents, items",
+    ),
+    binding(
+        "bootstrap is drop",
+        'name == "bootstrap" ? Boundary::bootstrap',
+        'name == "bootstrap" ? Boundary::drop',
+        "the gradient of an ignored row",
+    ),
+    Mutant(
+        "bindings: row_grad takes B for C",
+        BINDINGS,
+        "pointer<const float>(c), pointer<void>(dlogits), layout, readout);",
+        "pointer<const float>(b), pointer<void>(dlogits), layout, readout);",
+        "tests/test_native.py::test_kernels_match_float64_anywhere",
+    ),
+]
