@@ -68,16 +68,19 @@ def test_against_float64(case: Case, chunk: int, with_bias: bool, readout: Any) 
     scale, softcap = readout
     given = layer(case, with_bias, torch.float64)
     heads = ("values", "next_values")
+    for name, option in case.options.items():
+        if isinstance(option, Tensor) and option.is_floating_point():  # lam, weights, values
+            case.options[name] = option.double()
     for name in heads:
         if case.options.get(name) is not None:
-            case.options[name] = case.options[name].double().requires_grad_()
+            case.options[name] = case.options[name].requires_grad_()
     leaves = [x.requires_grad_() for x in given.values()]
     leaves += [case.options[name] for name in heads if case.options.get(name) is not None]
     expected = plain(case, given, scale, softcap)
     options = dict(chunk_size=chunk, logit_scale=scale, softcap=softcap)
     loss = ours(case, given, **options)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=1e-9)
-    # the naive loss has float32 weights where those were given so: 2^-24 of themselves
+    # num_items may be float32 numbers: 2^-24 of themselves
     for actual, exact in zip(
         gradients(loss, case, leaves), gradients(expected, case, leaves), strict=True
     ):

@@ -216,10 +216,15 @@ def row_grad(
     bend: Bend,
     chunk: int,
     accumulate: str,
-    *vectors: jax.Array,
+    *vectors: jax.Array | None,
 ) -> tuple[jax.Array, Sums]:
-    """The gradients of the layer, from (labels, row_max, logsum, a, b, c), by logits made again."""
-    flat_layer, flat = layer.flat(), [x.reshape(-1) for x in vectors]
+    """The gradients of the layer, from (labels, row_max, logsum, a, b, c), by logits made again.
+
+    None for b is 0.
+    """
+    flat_layer, flat = layer.flat(), [jnp.ravel(x) for x in vectors if x is not None]
+    if len(flat) < len(vectors):
+        flat.insert(4, jnp.zeros_like(flat[3]))
 
     def body(sums: Sums, start: Any, size: int) -> tuple[Sums, jax.Array]:
         hidden, *seen = (
