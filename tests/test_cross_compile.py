@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted((ROOT / "kernels/cpu").glob("*.cpp"))
+KERNELS = sorted(
+    [*(ROOT / "kernels/cpu").glob("*.cpp"), *(ROOT / "irl_ops/algebra/cpu").glob("*.cpp")]
+)
 BINDINGS = sorted((ROOT / "bindings").glob("*.cpp"))
 
 
@@ -29,7 +31,9 @@ def compile_with_zig(target: str, source: Path, out: Path, *includes: str) -> No
         "-o",
         str(out / "object.o"),
     ]
-    command += [f"-I{ROOT / 'kernels/cpu'}", *(f"-isystem{path}" for path in includes)]
+    rooms = ("kernels/cpu", "irl_ops/algebra/cpu")
+    command += [f"-I{ROOT / room}" for room in rooms]
+    command += [f"-isystem{path}" for path in includes]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
