@@ -38,9 +38,10 @@ def step(logits: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
     """The loss and the gradient; with ``inplace``, from the storage of a product."""
     leaf = logits.detach().requires_grad_()
     q = leaf * 1 if options.get("inplace", False) else leaf
+    storage = q.detach()  # an alias: the tensor itself reads as NaN afterwards
     loss = irl.iqlearn_loss(q, labels, gamma=0.9, backend="triton", **options)
     loss.backward()
-    return loss.detach(), leaf.grad if q is leaf else q.detach()
+    return loss.detach(), leaf.grad if q is leaf else storage
 
 
 def assert_right(logits: Tensor, labels: Tensor, gradient: Tensor, start: int, items: int) -> None:
