@@ -240,7 +240,8 @@ def test_without_a_gradient_no_buffer_for_one(backend: str, way: str) -> None:
         with Calls() as calls, torch.set_grad_enabled(enabled):
             function(q)
         assert not any("grad" in name for name in calls.names if "irl_ops" in name), calls.names
-        if backend != "reference":  # which counts no passes
+        # the reference counts no passes, and Triton's interpreter copies what a kernel is given
+        if backend == "native":
             assert all(numel < q.numel() for numel, _ in calls.outputs)
 
 
