@@ -258,17 +258,11 @@ def test_operators(backend: str, layout: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(ops.row_stats, arguments, test_utils=every)
         differentiable = (logits.detach().requires_grad_(), *arguments[1:])
         torch.library.opcheck(ops.row_stats, differentiable, test_utils=every)
-    torch.library.opcheck(ops.label_logit, (logits, labels, backend), test_utils=every)
-    torch.library.opcheck(ops.check_labels, (labels, labels, V, -100, False), test_utils=every)
+    arguments = (labels, labels, None, V, -100, False)
+    torch.library.opcheck(ops.check_labels, arguments, test_utils=every)
     stats = ops.row_stats(logits, labels, True, backend)
     arguments = (logits, labels, stats[0], stats[1], row, row, row, backend)
     torch.library.opcheck(ops.row_grad, arguments, test_utils=every)
-    for weight in (None, row):
-        arguments = (logits, row, row, weight, backend)
-        torch.library.opcheck(ops.row_stats_grad, arguments, test_utils=every)
-        torch.library.opcheck(ops.row_stats_grad_, arguments, test_utils=every)
-    torch.library.opcheck(ops.set_label_, (logits, labels, row, backend), test_utils=every)
-    torch.library.opcheck(ops.scale_, (logits, torch.tensor(0.5), backend), test_utils=every)
 
 
 ANNEALED: dict[str, list[Any]] = {
