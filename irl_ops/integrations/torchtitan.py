@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from irl_ops.integrations.options import try_options
 from irl_ops.torch import iqlearn_loss
 
 if TYPE_CHECKING or importlib.util.find_spec("torchtitan") is None:
@@ -82,7 +83,7 @@ class IQLearnLoss(BaseLoss):
             for name in ("lam", "gamma", "entropy_coef", "eos_token_id", "boundary", "detach_next")
         }
         # The kernels are compiled already, so compile_config has nothing to do.
-        iqlearn_loss(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long), **self.options)
+        try_options(self.options)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from irl_ops.integrations.options import try_options
 from irl_ops.torch import iqlearn_loss
 
 
@@ -85,7 +86,7 @@ def checked(caller: str, options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if name not in ("inplace", "backend") and not isinstance(value, Tensor)  # device-bound
     }
-    iqlearn_loss(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long), **plain)
+    try_options(plain)
     return options
 
 
