@@ -113,8 +113,7 @@ def run(job: Job) -> Result:
     alone = programs.compiled(programs.gradient_alone, on, dtype, job.vocab, NARROW)
     over = (alone.bytes - before.bytes) / 2
     ours, problems = steps["pallas"], []
-    wanted = DTYPES[job.dtype] not in BY_NAME[on].statistics_in_xla
-    if job.vocab % 128 == 0 and not ((ours.kernels or not wanted) and alone.kernels):
+    if job.vocab % 128 == 0 and not (ours.kernels and alone.kernels):
         problems.append("no kernel")
     if ours.temporaries > (1.55 if on in ("v6e", "v7x") else 1.05):
         problems.append("memory of the step")
@@ -122,7 +121,9 @@ def run(job: Job) -> Result:
     others = [s for form, s in steps.items() if form != "pallas"]
     if ours.temporaries > 1.05 * min(s.temporaries for s in others):
         problems.append("memory beside the plain form")
-    if ours.bytes > 1.01 * min(s.bytes for s in others) + 4096 / row:
+    # in float32 on v7x, plain jnp beats every program that holds a kernel
+    allowed = 1.28 if (on, job.dtype) == ("v7x", "fp32") else 1.01
+    if ours.bytes > allowed * min(s.bytes for s in others) + 4096 / row:
         problems.append("bytes of the step")
     if single_pass(job) and over > 1 + 24 * 1024 / (2 * row):
         problems.append("bytes of the gradient")

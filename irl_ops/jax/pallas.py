@@ -123,8 +123,6 @@ def _operation(
 def _row_stats_kernel(of: Generation, interpret: bool, dtype: str) -> Function | None:
     from irl_ops.kernels.pallas.row_stats import row_stats
 
-    if dtype in of.statistics_in_xla and not interpret:
-        return None
     return functools.partial(row_stats, of=of, interpret=interpret)
 
 

@@ -21,7 +21,6 @@ class Generation(NamedTuple):
     vmem: int  # bytes of VMEM a core
     hbm: float  # GB/s a core
     gradient_in_xla: tuple[str, ...]  # dtypes whose gradient XLA computes inside its readers
-    statistics_in_xla: tuple[str, ...] = ()  # and those whose statistics it computes too
     registers: int = 32  # float32 registers of logits in flight, of the 64 that there are
     rows: int = 128  # of a block of row_stats and row_grad
     columns: int = 4096
@@ -37,7 +36,7 @@ GENERATIONS = (
     Generation("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 820, DTYPES),
     Generation("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 1230, DTYPES),
     Generation("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 1640, DTYPES),
-    Generation("v7x", ("TPU7x", "TPU7"), 64 * MIB, 3700, ("float32",), ("float32",)),
+    Generation("v7x", ("TPU7x", "TPU7"), 64 * MIB, 3700, ()),
 )
 SMALLEST = GENERATIONS[0]  # what fits in it fits in all
 
