@@ -133,7 +133,7 @@ def test_kernels_match_float64(vocab: int, form: str, dtype: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=20)  # of seconds each: the kernels are interpreted
+@settings(max_examples=60)
 def test_kernels_match_float64_anywhere(data: st.DataObject) -> None:
     """Random shapes, strides, alignments, spreads and offsets."""
     draw = data.draw

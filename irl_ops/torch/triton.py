@@ -199,8 +199,9 @@ def planes(matrices: tuple[Tensor, ...], *vectors: Tensor | None) -> Iterator[tu
 def _folded(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Three axes of each, or None where two leading axes have unrelated strides."""
     while (axes := matrices[0].dim()) != 3:
-        if axes == 2:
-            return tuple(x.unsqueeze(0) for x in matrices)
+        if axes < 3:
+            matrices = tuple(x.unsqueeze(0) for x in matrices)
+            continue
         try:
             matrices = tuple(x.view(-1, *x.shape[2:]) for x in matrices)
         except RuntimeError:
