@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -73,7 +74,9 @@ def compiled(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def wide_integers(dtype: Any) -> AbstractContextManager[Any]:
-    return jax.enable_x64(True) if dtype == np.int64 else nullcontext()
+    # the oldest JAX that is supported has it among its experiments
+    enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+    return enable_x64(True) if dtype == np.int64 else nullcontext()
 
 
 def vectors(sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
