@@ -75,8 +75,8 @@ def compiled(function: Callable[..., Any], *given: Any) -> Any:
 
 def wide_integers(dtype: Any) -> AbstractContextManager[Any]:
     # the oldest JAX that is supported has it among its experiments
-    enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
-    return enable_x64(True) if dtype == np.int64 else nullcontext()
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return home.enable_x64(True) if dtype == np.int64 else nullcontext()
 
 
 def vectors(sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
