@@ -49,7 +49,7 @@ class LinearAtOnce(torch.autograd.Function):
             kept.unit,
         )
         ctx.dtype, ctx.handed_over = weight.dtype, False
-        box.append(kept.metrics(out.done) if call.metrics else None)
+        box.append(out.metrics if call.metrics else None)
         loss: Tensor = out.loss if kept.unit is None else out.loss * kept.unit
         return loss
 
@@ -111,10 +111,6 @@ class Kept:
             every = x.new_zeros(self.shape.numel(), *x.shape[1:])
             x = every.index_copy_(0, self.index, x)
         return x.view(*self.shape, *x.shape[1:])
-
-    def metrics(self, done: algebra.Finished) -> dict[str, Tensor]:
-        """Of the rows that are left: those that were not have no label."""
-        return algebra.metrics(xp, self.rows.kind, self.loss, done.stats, done.step)
 
 
 def _unit(loss: Objective) -> Tensor:

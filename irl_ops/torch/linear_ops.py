@@ -85,11 +85,11 @@ def linear_row_stats(
     """``(row_max, logsum, label_logit, entropy)``; entropy is empty unless asked for."""
     layer = Layer(hidden, weight, bias, chunk, accumulate, scale, softcap)
     if not labels.numel():
-        nothing = _vector(hidden)
-        return nothing, _vector(hidden), _vector(hidden), _vector(hidden)
+        nothing = ops.row_vector(hidden)
+        return nothing, ops.row_vector(hidden), ops.row_vector(hidden), ops.row_vector(hidden)
     over = Linear(BACKENDS[backend], layer, (False, False, False))
     found = over.row_stats(labels, entropy)
-    h = found[3] if entropy else _vector(hidden[:0])
+    h = found[3] if entropy else ops.row_vector(hidden[:0])
     return found[0], found[1], found[2], h
 
 
@@ -106,8 +106,8 @@ def _(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = _vector(hidden) if entropy else _vector(hidden[:0])
-    return _vector(hidden), _vector(hidden), _vector(hidden), h
+    h = ops.row_vector(hidden) if entropy else ops.row_vector(hidden[:0])
+    return ops.row_vector(hidden), ops.row_vector(hidden), ops.row_vector(hidden), h
 
 
 @torch.library.custom_op("irl_ops::linear_row_grad", mutates_args=())
@@ -163,12 +163,10 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, _: Any, dlogsum: Tensor, dlabel: Tensor, dentropy: Tensor) -> Any:
-    """As ``irl_ops.torch.ops``: A = dlogsum - H dentropy, B = -dentropy, C = dlabel_logit."""
+    """As that of ``irl_ops.torch.ops.row_stats``, and on through the layer."""
     refuse_second_derivative()
     hidden, weight, bias, labels, row_max, logsum, entropy = ctx.saved_tensors
-    a, b = dlogsum, torch.zeros_like(dlogsum)
-    if ctx.entropy:
-        a, b = a - torch.where(dentropy != 0, dentropy * entropy, 0.0), -dentropy
+    a, b = ops.row_coefficients(entropy if ctx.entropy else None, dlogsum, dentropy)
     wanted = list(ctx.needs_input_grad[:3])
     vectors = [row_max, logsum, a, b, dlabel]
     found = linear_row_grad(hidden, weight, bias, labels, vectors, wanted, *ctx.form)
@@ -177,8 +175,3 @@ def _backward(ctx: Any, _: Any, dlogsum: Tensor, dlabel: Tensor, dentropy: Tenso
 
 
 linear_row_stats.register_autograd(_backward, setup_context=_save)
-
-
-def _vector(hidden: Tensor) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(hidden.shape[:1], dtype=dtype)

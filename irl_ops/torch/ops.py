@@ -30,7 +30,7 @@ def row_stats(
 def _(
     logits: Tensor, labels: Tensor, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_max, logsum, label_logit = (_row_vector(logits) for _ in range(3))
+    row_max, logsum, label_logit = (row_vector(logits) for _ in range(3))
     return row_max, logsum, label_logit, _or_empty(logits, None, entropy)
 
 
@@ -107,9 +107,7 @@ def _row_stats_backward(ctx, _, dlogsum, dlabel_logit, dentropy):  # type: ignor
     """
     refuse_second_derivative()
     logits, labels, row_max, logsum, entropy = ctx.saved_tensors
-    a, b = dlogsum, torch.zeros_like(dlogsum)
-    if ctx.with_entropy:
-        a, b = a - torch.where(dentropy != 0, dentropy * entropy, 0.0), -dentropy
+    a, b = row_coefficients(entropy if ctx.with_entropy else None, dlogsum, dentropy)
     dlogits = row_grad(logits, labels, row_max, logsum, a, b, dlabel_logit, ctx.backend)
     return dlogits, None, None, None
 
@@ -127,7 +125,17 @@ def align(labels: Tensor, vocab: int, sequence: Sequence) -> algebra.Rows:
     return rows._replace(labels=checked)
 
 
-def _row_vector(logits: Tensor) -> Tensor:
+def row_coefficients(
+    entropy: Tensor | None, dlogsum: Tensor, dentropy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(A, B)`` of ``row_grad`` from the statistics' gradients: dH/dq_j = -p_j (log p_j + H)."""
+    if entropy is None:
+        return dlogsum, torch.zeros_like(dlogsum)
+    return dlogsum - torch.where(dentropy != 0, dentropy * entropy, 0.0), -dentropy
+
+
+def row_vector(logits: Tensor) -> Tensor:
+    """Room for one number per row: float32, of float64 rows float64."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(logits.shape[:-1], dtype=dtype)
 
@@ -136,4 +144,4 @@ def _or_empty(logits: Tensor, x: Tensor | None, wanted: bool = False) -> Tensor:
     """An operator returns tensors, never None: what was not asked for is empty."""
     if x is not None:
         return x
-    return _row_vector(logits) if wanted else _row_vector(logits[:0])
+    return row_vector(logits) if wanted else row_vector(logits[:0])
