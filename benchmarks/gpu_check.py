@@ -29,12 +29,12 @@ from gpu_bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_DEVICE = (
-    "tests/test_torch_losses.py::test_loss_and_gradients",
-    "tests/test_torch_inplace.py::test_loss_and_gradients",
+    "tests/torch/test_losses.py::test_loss_and_gradients",
+    "tests/torch/test_inplace.py::test_loss_and_gradients",
     "tests/on_gpu.py",
 )
 RESULTS = ROOT / "benchmarks" / "results"
-IN_JAX = ("tests/test_jax_losses.py", "tests/test_jax_transforms.py")
+IN_JAX = ("tests/jax/test_losses.py", "tests/jax/test_transforms.py")
 
 
 class Recorder:

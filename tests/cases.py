@@ -312,10 +312,17 @@ def magnitude(case: Case) -> float:
     return math.log(case.logits.shape[-1]) + sum(x.item() for x in finite)
 
 
-def assert_close(actual: Tensor | None, expected: Tensor | None, error: Tensor, times: int) -> None:
+def assert_close(
+    actual: Tensor | None,
+    expected: Tensor | None,
+    error: Tensor,
+    times: int,
+    factor: float = 1.0,
+) -> None:
     """Within ``error`` and ``times`` roundings to the result's dtype; overflow is no error.
 
-    An error of 0 stands for exactly 0: no term reaches that element.
+    An error of 0 stands for exactly 0: no term reaches that element. ``factor``: what multiplies
+    the result between its roundings, and with it what the first one loses below normal numbers.
     """
     if expected is None:
         assert actual is None or not actual.any()
@@ -323,7 +330,8 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, error: Tensor, 
     assert actual is not None and actual.shape == expected.shape
     largest = torch.finfo(actual.dtype).max
     x, y = actual.double().clamp(-largest, largest), expected.clamp(-largest, largest)
-    allowed = error + times * (ROUNDING[actual.dtype] * (y.abs() + error) + SMALLEST[actual.dtype])
+    lost = SMALLEST[actual.dtype] * (1 + (times - 1) * max(1.0, factor))
+    allowed = error + times * ROUNDING[actual.dtype] * (y.abs() + error) + lost
     # 1e-37: subnormal numbers may be flushed
     allowed = torch.where(error > 0, 1.01 * allowed + 1e-37, 0.0)
     assert ((x - y).abs() <= allowed).all(), f"{actual}\n{expected}\nallowed {allowed}"
@@ -345,6 +353,7 @@ def check(
     assert actual.logits.dtype == case.leaf.dtype
     # the gradient is rounded when it is written, and again when it is scaled
     scaled = case.options.get("reduction") != "none" and case.upstream != 1.0
-    assert_close(actual.logits, expected.logits, error.logits, 2 if scaled else 1)
+    factor = abs(float(case.upstream)) if scaled else 1.0
+    assert_close(actual.logits, expected.logits, error.logits, 2 if scaled else 1, factor)
     assert_close(actual.values, expected.values, error.values, 1)
     assert_close(actual.next_values, expected.next_values, error.next_values, 1)

@@ -44,7 +44,7 @@ def test_jax(backend: str, inplace: bool, name: str) -> None:
     pytest.importorskip("jax", reason="needs JAX")
     import irl_ops.jax
 
-    from . import jax_cases
+    from .jax import jax_cases
 
     case = CASES[name]
     function = getattr(irl_ops.jax, case.name)

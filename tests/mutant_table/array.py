@@ -153,13 +153,13 @@ MUTANTS = [
         REFERENCE,
         "xp.log1p(rest + (ties - 1.0))",
         "xp.log(rest + ties)",
-        "tests/test_torch_edges.py::test_a_confident_row_keeps_its_gradient[dtype0-17.0-reference]",
+        "tests/torch/test_edges.py::test_a_confident_row_keeps_its_gradient[dtype0-17.0-reference]",
     ),
     Mutant(
         "linear: the value behind a chunk is lost",
         CHUNKS,
         "behind = done[0].stats.value[:1]",
         "behind = 0.0",
-        "tests/test_torch_linear.py::test_two_chunk_sizes_agree[mean]",
+        "tests/torch/test_linear.py::test_two_chunk_sizes_agree[mean]",
     ),
 ]

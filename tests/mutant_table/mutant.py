@@ -43,6 +43,6 @@ def binding(what: str, text: str, replacement: str, *case: str) -> Mutant:
     return Mutant(f"bindings: {what}", BINDINGS, text, replacement, on("native", *case))
 
 
-STAGES_IN_CPP = "tests/test_algebra_contract.py::test_every_stage_in_cpp"
-STAGES_IN_TRITON = "tests/test_triton_losses.py::test_every_stage_is_that_of_the_algebra"
+STAGES_IN_CPP = "tests/algebra/test_contract.py::test_every_stage_in_cpp"
+STAGES_IN_TRITON = "tests/torch/test_triton_stages.py::test_every_stage_is_that_of_the_algebra"
 TRANSPOSED = "test_row_kernels_take_transposed_vectors"

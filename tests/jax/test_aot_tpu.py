@@ -1,0 +1,114 @@
+"""The losses compiled for TPUs that are not here: a part of ``make aot-tpu``."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the TPU's compiler: it has releases for x86-64 Linux alone",
+)
+
+
+def compile_for(generation: str, vocab: int, dtype: str, width: int) -> str:
+    """A process of its own: libtpu reads its environment once."""
+    command = [sys.executable, str(BENCHMARKS / "aot_tpu.py"), "--generations", generation]
+    command += ["--vocabs", str(vocab), "--dtypes", dtype, "--forms", "pallas", "selecting"]
+    command += ["--widths", str(width), "--no-loops", "--processes", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=BENCHMARKS, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generation", "vocab", "dtype", "width"),
+    [
+        ("v4", 50257, "bf16", 2048),
+        ("v5e", 32000, "bf16", 2048),
+        ("v7x", 32000, "bf16", 2048),
+        ("v7x", 32000, "fp32", 2048),  # no kernel: with one it moves 1.27 times the bytes
+        ("v7x", 50257, "bf16", 1024),  # with a term of B, however zero, the gradient is stored
+    ],
+)
+def test_programs_meet_what_they_have_to(
+    generation: str, vocab: int, dtype: str, width: int
+) -> None:
+    """A kernel, no memory beside the logits, no byte more than XLA's own form."""
+    assert "1 programs, 0 that miss " in compile_for(generation, vocab, dtype, width)
+
+
+SEVERAL = """
+import functools
+import os
+import aot_tpu
+os.environ.update(aot_tpu.ENVIRONMENT)
+import jax
+import numpy as np
+import tpu_programs as programs
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.array(programs.topology("v5e").devices), ("data",))
+by_hand = jax.shard_map(
+    lambda q, y: jax.lax.psum(programs.fused(q, y, reduction="sum"), "data"),
+    mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P(),
+)
+for loss in (programs.fused, by_hand):
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+        for shape, dtype, axes in (
+            ((8, 1024, 512), "bfloat16", ("data",)),
+            ((512, 32000), "bfloat16", ()),
+            ((8, 1024), "int32", ("data",)),
+        )
+    ]
+    lowered = jax.jit(programs.step(loss)).lower(*given)
+    memory = lowered.compile().memory_analysis().temp_size_in_bytes
+    print(lowered.as_text().count("@tpu_custom_call"), memory <= 1.05 * 2 * 1024 * 32000 * 2)
+"""
+
+
+@pytest.mark.slow
+def test_programs_for_several_tpus() -> None:
+    """Each device has its rows' logits once: by XLA under jit, by a kernel inside shard_map."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["0 True", "1 True"], done.stdout + done.stderr
+
+
+def test_an_unmet_limit_is_an_error() -> None:
+    """The judge can say no."""
+    code = (
+        "import sys, aot_tpu as a\n"
+        "r = a.Result('v5e', 'bf16', 1, 1, 1, {}, {}, 0, 0, ['bytes of the step'])\n"
+        "a.ProcessPoolExecutor = lambda *_, **__: Pool()\n"
+        "class Pool:\n"
+        "    def __enter__(self): return self\n"
+        "    def __exit__(self, *_): pass\n"
+        "    def map(self, *_): return [r]\n"
+        "sys.argv = ['x', '--no-loops']\n"
+        "sys.exit(a.main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1 and "1 that miss" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,30 @@
+"""The table of `make mutants` fits the code: texts are found once, breaks differ, tests exist."""
+
+import pytest
+
+from ..mutant_table import MUTANTS, Mutant
+from ..mutants import ROOT, place
+from ..named_cases import CASES
+
+FORMS = ("algebra", "C++", "Triton", "bindings")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_a_break_can_be_made(mutant: Mutant) -> None:
+    assert place(ROOT, mutant.room, mutant.text).is_file()
+    assert mutant.replacement != mutant.text
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_the_test_is_there(mutant: Mutant) -> None:
+    file, _, test = mutant.test.partition("::")
+    function, _, parameters = test.rstrip("]").partition("[")
+    assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8")
+    if function == "test_torch":
+        assert parameters.split("-", 2)[2] in CASES
+
+
+def test_breaks_are_many_and_named_apart() -> None:
+    assert len({mutant.what for mutant in MUTANTS}) == len(MUTANTS) >= 40
+    for form in FORMS:
+        assert sum(mutant.what.startswith(f"{form}: ") for mutant in MUTANTS) >= 10, form
