@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   the interpreter that the virtual environment is made from
 #   EXTRAS=demo,dev     what is installed beside irl_ops (pyproject.toml), and beside what is there
 #   ARGS="--steps 20"   passed on to the demo or to pytest
+#   WORKERS=2           processes that `make test` runs the tests in
 #   MINUTES=10          how long `make fuzz` goes on
 #   PIP_QUIET=1         pip says nothing while it works
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= demo,dev
 ARGS   ?=
+WORKERS ?= 2
 MINUTES ?= 10
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -38,9 +40,9 @@ ALL    := $(subst $() ,$(comma),$(sort $(HAVE) $(WANT)))
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
-test: $(READY)  ## run the tests; ARGS=-v names each as it starts
-	@echo 'the first tests compile for GPUs and TPUs, in silence; ARGS=-v names each as it starts'
-	$(BIN)/python -P -m pytest $(ARGS)
+test: $(READY)  ## run the tests; ARGS=-v names each as it ends
+	@echo 'about half an hour on two cores; some tests compile for minutes; ARGS=-v names each as it ends'
+	$(BIN)/python -P -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
 	$(BIN)/python examples/finetune_transformers.py $(ARGS)

@@ -52,7 +52,8 @@ def test_expanded_logits(backend: str) -> None:
     (gradient,) = torch.autograd.grad(loss, row)
     copied = row.detach().repeat(2, 3, 1).requires_grad_()
     expected, expected_gradient = run(copied, labels, lam=0.1, gamma=1.0, backend=backend)
-    assert loss == expected
+    # how rows lie in memory decides how a kernel cuts them, and with that the order of its sums
+    torch.testing.assert_close(loss, expected, rtol=4 * ULP, atol=0)
     torch.testing.assert_close(gradient, expected_gradient.sum((0, 1)), rtol=0, atol=16 * ULP)
 
 
