@@ -73,8 +73,9 @@ irl::algebra::Outputs outputs(Address dlogits, const Axes& sizes, Axes strides, 
 py::object loss(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                 std::int64_t vocab, const Call& call, Address dlogits, Axes dlogits_strides,
                 Address row_losses, Address dvalues, Address dnext_values, std::int64_t threads,
-                const std::string& isa) {
+                const std::string& isa, double logit_scale, double softcap) {
   const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, call, threads, isa);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   const auto out =
       outputs(dlogits, sizes, std::move(dlogits_strides), row_losses, dvalues, dnext_values);
   irl::algebra::Total sums;
@@ -82,7 +83,7 @@ py::object loss(Address logits, const std::string& dtype, const Axes& sizes, Axe
   {
     py::gil_scoped_release released;
     bad = irl::algebra::loss(shape.isa, shape.threads, shape.rows, pointer<const void>(logits),
-                             call, out, sums);
+                             readout, call, out, sums);
   }
   if (bad >= 0) return py::int_(bad);
   return py::make_tuple(sums.loss, sums.nll, sums.value, sums.entropy, sums.td, sums.reward,
@@ -98,27 +99,30 @@ irl::algebra::TokenStats stats_at(const std::vector<Address>& at) {
 
 std::int64_t token_stats(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                          std::int64_t vocab, const Call& call, const std::vector<Address>& out,
-                         std::int64_t threads, const std::string& isa) {
+                         std::int64_t threads, const std::string& isa, double logit_scale,
+                         double softcap) {
   const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, call, threads, isa);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   const auto to = stats_at(out);
   py::gil_scoped_release released;
   return irl::algebra::token_stats(shape.isa, shape.threads, shape.rows,
-                                   pointer<const void>(logits), call, to);
+                                   pointer<const void>(logits), readout, call, to);
 }
 
 void token_stats_grad(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                       std::int64_t vocab, const Call& call, const std::vector<Address>& kept,
                       const std::vector<Address>& above, Address dlogits, Axes dlogits_strides,
                       Address dvalues, Address dnext_values, std::int64_t threads,
-                      const std::string& isa) {
+                      const std::string& isa, double logit_scale, double softcap) {
   const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, call, threads, isa);
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
   const auto from = stats_at(kept);
   const auto given = [&](std::size_t i) { return pointer<const float>(above.at(i)); };
   const irl::algebra::TokenGradients gradients = {given(0), given(1), given(2), given(3), given(4)};
   const auto out = outputs(dlogits, sizes, std::move(dlogits_strides), 0, dvalues, dnext_values);
   py::gil_scoped_release released;
   irl::algebra::token_stats_grad(shape.isa, shape.threads, shape.rows, pointer<const void>(logits),
-                                 call, from, gradients, out);
+                                 readout, call, from, gradients, out);
 }
 
 // Every stage on row statistics that are given: what it returns, by name.
@@ -219,13 +223,15 @@ void define_calls(py::module_& module) {
           arg("number"), arg("at"));
   module.def("loss", &loss, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"), arg("vocab"),
              arg("call"), arg("dlogits"), arg("dlogits_strides"), arg("row_losses"), arg("dvalues"),
-             arg("dnext_values"), arg("threads"), arg("isa") = "");
+             arg("dnext_values"), arg("threads"), arg("isa") = "", arg("logit_scale") = 1.0,
+             arg("softcap") = 0.0);
   module.def("token_stats", &token_stats, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
-             arg("vocab"), arg("call"), arg("out"), arg("threads"), arg("isa") = "");
+             arg("vocab"), arg("call"), arg("out"), arg("threads"), arg("isa") = "",
+             arg("logit_scale") = 1.0, arg("softcap") = 0.0);
   module.def("token_stats_grad", &token_stats_grad, arg("logits"), arg("dtype"), arg("sizes"),
              arg("strides"), arg("vocab"), arg("call"), arg("kept"), arg("above"), arg("dlogits"),
              arg("dlogits_strides"), arg("dvalues"), arg("dnext_values"), arg("threads"),
-             arg("isa") = "");
+             arg("isa") = "", arg("logit_scale") = 1.0, arg("softcap") = 0.0);
   module.def("stages", &stages, arg("call"), arg("vocab"), arg("row_max"), arg("logsum"),
              arg("label_logit"), arg("entropy"));
 }

@@ -34,8 +34,8 @@ inline constexpr std::int64_t kLanes = 16;
 enum class Stores { cached, streamed };
 
 // q = logit_scale x where softcap is 0, else softcap tanh(logit_scale x / softcap), of logits x.
-// logit_scale is above 0, softcap not below. Statistics are those of q, gradients those to x; an x
-// of -inf has q = -softcap where there is a cap, and counts.
+// logit_scale is above 0, softcap not below. Statistics are those of q, gradients those to x. An x
+// of -inf has q = -inf, with a cap as without, and under a cap the slope 0.
 struct Readout {
   float logit_scale = 1, softcap = 0;
 };

@@ -51,12 +51,10 @@ IRL_INLINE void store_some(T* p, std::int64_t n, Lanes a) {
   copy_out(p, lanes, n);
 }
 
-// The first n as q, -inf in the other lanes whatever that is as a q.
+// The first n as q, -inf in the other lanes.
 template <class T, class Read>
 IRL_INLINE Lanes read_some(const T* p, std::int64_t n, const Read& how) {
-  if (!Read::kCapped) return how.read(load_some(p, n, -kInfinity));
-  const T zeros[kLanes] = {};
-  return add(how.read(load_some(p, n, 0.0f)), load_some(zeros, n, -kInfinity));
+  return how.read(load_some(p, n, -kInfinity));
 }
 
 // Where no lane holds a NaN but the one that arithmetic makes.

@@ -1,6 +1,6 @@
 // How logits become Q-values, after the lanes of an instruction set and exp.h: q = x, q = scale x,
 // or q = softcap tanh(scale x / softcap). slope is dq/dx without logit_scale, which the caller's
-// coefficients carry.
+// coefficients carry. An x of -inf stays -inf under a cap as well: what is masked has no mass.
 //
 // Each q is rounded before anything is done with it, so that a row's maximum, its exponentials and
 // its label's logit are of the same numbers: log p <= 0 rests on that.
@@ -35,7 +35,10 @@ IRL_INLINE Lanes tanh_of(Lanes u) {
 // compiled into several times its size, for logits that are rarely bent.
 IRL_NOT_INLINE Lanes bent(bool capped, Lanes scale, Lanes softcap, Lanes x) {
   const Lanes u = mul(scale, x);
-  return rounded(capped ? mul(softcap, tanh_of(u)) : u);
+  if (!capped) return rounded(u);
+  // 0, and -inf where x is: the only x that is below 0 beside the largest number.
+  const Lanes masked = min_or_second(splat(0.0f), add(x, splat(__FLT_MAX__)));
+  return add(rounded(mul(softcap, tanh_of(u))), masked);
 }
 
 IRL_NOT_INLINE Lanes slope_of_cap(Lanes scale, Lanes x) {

@@ -68,10 +68,14 @@ float label_logit_of(const Isa& isa, const Rows& rows, const char* x, std::int64
       read_element(rows.dtype, x + label * size_of(rows.dtype)), readout);
 }
 
-// dq/dx where the logit is q.
-double slope_at(const Readout& readout, double q) {
-  const double t = readout.softcap == 0 ? 0.0 : q / readout.softcap;
-  return readout.logit_scale * (1 - t) * (1 + t);
+// The derivative by x of what has the derivative `by_q`, where the logit is q. A 0 stays one, where
+// q is NaN too.
+double through_cap(const Readout& readout, double by_q, double q) {
+  if (by_q == 0) return 0.0;
+  if (readout.softcap == 0) return readout.logit_scale * by_q;
+  if (q == -HUGE_VAL) return 0.0;
+  const double t = q / readout.softcap;
+  return readout.logit_scale * (1 - t) * (1 + t) * by_q;
 }
 
 // visit(i, row i) for all rows, some of whose labels' elements are on their way to the cache
@@ -143,8 +147,8 @@ void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* lo
         const double log_p = (static_cast<double>(picked) - row_max[i]) - logsum[i];
         value += std::exp(log_p) * (a[i] + b[i] * log_p);
       }
-      if (value != 0) value *= slope_at(readout, picked);
-      write_element(rows.dtype, y + labels[i] * size, static_cast<float>(value));
+      write_element(rows.dtype, y + labels[i] * size,
+                    static_cast<float>(through_cap(readout, value, picked)));
     }
   });
 }
@@ -202,9 +206,10 @@ void set_label(const Rows& rows, void* dlogits, const std::int64_t* labels, cons
                const float* label_logit, const Readout& readout) {
   for_each_label(rows, dlogits, labels, [&](std::int64_t i, const char*) {
     if (labels[i] >= 0 && labels[i] < rows.vocab)
-      write_element(
-          rows.dtype, row_at(dlogits, rows, rows.layout, i) + labels[i] * size_of(rows.dtype),
-          static_cast<float>(elements[i] * slope_at(readout, label_logit ? label_logit[i] : 0.0f)));
+      write_element(rows.dtype,
+                    row_at(dlogits, rows, rows.layout, i) + labels[i] * size_of(rows.dtype),
+                    static_cast<float>(
+                        through_cap(readout, elements[i], label_logit ? label_logit[i] : 0.0f)));
   });
 }
 

@@ -6,7 +6,7 @@
 namespace irl::algebra {
 
 std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
-                  const Call& call, const Outputs& out, Total& sums) {
+                  const Readout& readout, const Call& call, const Outputs& out, Total& sums) {
   const auto n = static_cast<std::size_t>(shape.layout.rows());
   const Rows rows = align(call, shape.layout.rows(), shape.vocab);
   if (rows.bad >= 0) return rows.bad;
@@ -16,32 +16,34 @@ std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, cons
   float* entropy = call.terms.has_entropy ? stats.entropy.data() : nullptr;
   if (!out.dlogits) {
     row_stats(isa, team, shape, logits, rows.labels.data(), stats.row_max.data(),
-              stats.logsum.data(), stats.label_logit.data(), entropy);
+              stats.logsum.data(), stats.label_logit.data(), entropy, readout);
     const Finished done = finish(call, rows, weights, nullptr, stats);
     sums = total(call, rows, weights, stats, done, out.row_losses);
     return -1;
   }
-  label_logit(shape, logits, rows.labels.data(), stats.label_logit.data());
+  label_logit(shape, logits, rows.labels.data(), stats.label_logit.data(), readout);
   const Coefficients given = coefficients(call, rows, weights, stats.label_logit);
   row_stats_grad(isa, team, shape, logits, given.alpha.data(), given.beta.data(),
                  call.terms.has_entropy ? given.entropy_weight.data() : nullptr,
-                 stats.row_max.data(), stats.logsum.data(), entropy, out.dlogits, out.layout);
+                 stats.row_max.data(), stats.logsum.data(), entropy, out.dlogits, out.layout,
+                 readout);
   const Finished done = finish(call, rows, weights, &given, stats);
   set_label({shape.dtype, shape.vocab, out.layout}, out.dlogits, rows.labels.data(),
-            done.element.data());
+            done.element.data(), stats.label_logit.data(), readout);
   head_gradients(call, rows, done, out.dvalues, out.dnext_values);
   sums = total(call, rows, weights, stats, done, out.row_losses);
   return -1;
 }
 
 std::int64_t token_stats(const Isa& isa, const Team& team, const irl::Rows& shape,
-                         const void* logits, const Call& call, const TokenStats& out) {
+                         const void* logits, const Readout& readout, const Call& call,
+                         const TokenStats& out) {
   const auto n = static_cast<std::size_t>(shape.layout.rows());
   const Rows rows = align(call, shape.layout.rows(), shape.vocab);
   if (rows.bad >= 0) return rows.bad;
   Statistics stats = {std::vector<float>(n), std::vector<float>(n), std::vector<float>(n), {}};
   row_stats(isa, team, shape, logits, rows.labels.data(), stats.row_max.data(), stats.logsum.data(),
-            stats.label_logit.data(), out.entropy);
+            stats.label_logit.data(), out.entropy, readout);
   const Finished done = finish(call, rows, {}, nullptr, stats);
   for (std::size_t i = 0; i < n; ++i) {
     const bool labelled = rows.kind[i] != ignored;
@@ -59,8 +61,8 @@ std::int64_t token_stats(const Isa& isa, const Team& team, const irl::Rows& shap
 }
 
 void token_stats_grad(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
-                      const Call& call, const TokenStats& kept, const TokenGradients& above,
-                      const Outputs& out) {
+                      const Readout& readout, const Call& call, const TokenStats& kept,
+                      const TokenGradients& above, const Outputs& out) {
   const auto n = static_cast<std::size_t>(shape.layout.rows());
   const Heads& heads = call.heads;
   const auto from = [](const float* x, std::size_t i) {
@@ -89,7 +91,7 @@ void token_stats_grad(const Isa& isa, const Team& team, const irl::Rows& shape, 
   }
   if (out.dlogits)
     row_grad(isa, team, shape, logits, kept.labels, kept.row_max, kept.logsum, a.data(), b.data(),
-             c.data(), out.dlogits, out.layout);
+             c.data(), out.dlogits, out.layout, readout);
 }
 
 }  // namespace irl::algebra

@@ -23,7 +23,7 @@ struct Outputs {
 // label is out of range, -1 where there is none: then nothing was computed.
 // Traffic: that of row_stats_grad, without dlogits that of row_stats; and O(rows).
 std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
-                  const Call& call, const Outputs& out, Total& total);
+                  const Readout& readout, const Call& call, const Outputs& out, Total& total);
 
 // One number per row each; entropy may be null. row_max, logsum and labels are kept for the
 // gradient.
@@ -41,10 +41,11 @@ struct TokenGradients {
 };
 
 std::int64_t token_stats(const Isa& isa, const Team& team, const irl::Rows& shape,
-                         const void* logits, const Call& call, const TokenStats& out);
+                         const void* logits, const Readout& readout, const Call& call,
+                         const TokenStats& out);
 // dlogits of the layout of `out`; `kept` is what token_stats wrote.
 void token_stats_grad(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
-                      const Call& call, const TokenStats& kept, const TokenGradients& above,
-                      const Outputs& out);
+                      const Readout& readout, const Call& call, const TokenStats& kept,
+                      const TokenGradients& above, const Outputs& out);
 
 }  // namespace irl::algebra
