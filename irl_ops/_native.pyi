@@ -136,6 +136,8 @@ def loss(
     dnext_values: int,
     threads: int,
     isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> tuple[float, float, float, float, float, float, float, float, float] | int:
     """Loss, nll, value, entropy, td, reward, accuracy, z, tokens; or a row with a bad label."""
 
@@ -149,6 +151,8 @@ def token_stats(
     out: Sequence[int],
     threads: int,
     isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> int:
     """The first row whose label is bad, or -1; writes the ten arrays at ``out``."""
 
@@ -167,6 +171,8 @@ def token_stats_grad(
     dnext_values: int,
     threads: int,
     isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> None: ...
 def stages(
     call: Call,

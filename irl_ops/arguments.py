@@ -13,6 +13,9 @@ from typing import Any, get_args
 
 from irl_ops.algebra.options import Heads, Sequence, Weighting
 from irl_ops.options import Boundary, Reduction
+from irl_ops.readout import Readout
+
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32, without subnormal numbers
 
 
 class Arguments:
@@ -51,6 +54,10 @@ class Arguments:
     def peek(self, x: Any) -> float | None:
         """The value of a 0-d array, where looking costs nothing; None elsewhere."""
         return None
+
+    def known(self, name: str, x: Any) -> float:
+        """The value of a 0-d array that a kernel is made for, wherever it lies."""
+        return float(x)
 
     def peek_list(self, x: Any) -> list[int] | None:
         """The values of a short array of integers, likewise."""
@@ -124,10 +131,41 @@ class Arguments:
             self._check_rows("next_values", given.next_values, labels, self.weights)
         return given
 
+    def readout(self, logits: Any, given: Readout) -> Readout:
+        """The options that say how logits become Q-values, as numbers."""
+        scale, cap = given
+        return Readout(
+            self._positive("logit_scale", scale, logits),
+            None if cap is None else self._positive("softcap", cap, logits, ", or None"),
+        )
+
     def number(
         self, name: str, x: Any, logits: Any, low: float, high: float, *, open_end: bool = False
     ) -> Any:
         """A number within [low, high], or a 0-d array: looked at where that costs nothing."""
+        x, seen = self._scalar(name, x, logits)
+        if seen is None:
+            return x
+        # comparisons alone: under a compiler the number may be a symbol
+        inside = low <= seen < high if open_end else low <= seen <= high
+        if not (inside and -math.inf < seen < math.inf):
+            end = ")" if open_end or high == math.inf else "]"
+            raise ValueError(f"{name} is {seen}; accepted: [{low}, {high}{end}")
+        return x
+
+    def _positive(self, name: str, x: Any, logits: Any, also: str = "") -> Any:
+        """A number above 0 that float32, which kernels compute in, has too."""
+        x, seen = self._scalar(name, x, logits)
+        seen = self.known(name, x) if seen is None else seen
+        if not SMALLEST <= seen <= LARGEST:
+            raise ValueError(
+                f"{name} is {seen}; accepted: a number above 0{also} (in float32: "
+                f"{SMALLEST:.3g} to {LARGEST:.3g})"
+            )
+        return float(seen) if isinstance(seen, int) else seen
+
+    def _scalar(self, name: str, x: Any, logits: Any) -> tuple[Any, Any]:
+        """A number or 0-d array, and its value; None where looking would cost something."""
         seen = x
         if self.is_array(x):
             if x.ndim != 0:
@@ -143,20 +181,13 @@ class Arguments:
                 self.check_place(name, x, logits)
             self.check_constant(name, x)
             seen = self.peek(x)
-            if seen is None:
-                return x
         elif not isinstance(x, int | float):
             if not isinstance(x, numbers.Real):
                 raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d {self.noun}")
             seen = x = float(x)  # a scalar of NumPy
         elif isinstance(x, bool):
             raise TypeError(f"{name} is {x!r}; accepted: a number or a 0-d {self.noun}")
-        # comparisons alone: under a compiler the number may be a symbol
-        inside = low <= seen < high if open_end else low <= seen <= high
-        if not (inside and -math.inf < seen < math.inf):
-            end = ")" if open_end or high == math.inf else "]"
-            raise ValueError(f"{name} is {seen}; accepted: [{low}, {high}{end}")
-        return x
+        return x, seen
 
     def check_switches(self, **switches: Any) -> None:
         """Options that are True or False."""

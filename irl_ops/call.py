@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from irl_ops.algebra.options import Heads, Sequence, Terms, Weighting
 from irl_ops.arguments import Arguments
 from irl_ops.options import DEFAULTS, refuse
+from irl_ops.readout import Readout
 
 
 class Call(NamedTuple):
     """One call of a loss."""
 
     terms: Terms
+    readout: Readout
     sequence: Sequence
     weighting: Weighting
     heads: Heads
@@ -28,6 +30,7 @@ class StatsCall(NamedTuple):
     """One call of ``token_stats``."""
 
     gamma: Any
+    readout: Readout
     sequence: Sequence
     heads: Heads
     entropy: bool
@@ -71,6 +74,7 @@ def read_loss(
         z_loss=_unless_zero(number("z_loss", -math.inf, math.inf)),
     )
     take = functools.partial(_take, options)
+    readout = arguments.readout(logits, take(Readout))
     weighting = arguments.weighting(labels, take(Weighting), pair)
     sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
     heads = arguments.heads(labels, take(Heads) if terms.td is not None else Heads())
@@ -80,7 +84,7 @@ def read_loss(
     arguments.check_switches(return_metrics=return_metrics, inplace=inplace)
     if inplace and weighting.reduction == "none":
         raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
-    return Call(terms, sequence, weighting, heads, return_metrics, inplace, backend)
+    return Call(terms, readout, sequence, weighting, heads, return_metrics, inplace, backend)
 
 
 def read_stats(
@@ -95,13 +99,14 @@ def read_stats(
     arguments.check_logits(logits, labels)
     gamma = _number(arguments, logits, options, "gamma", 0.0, 1.0)
     take = functools.partial(_take, options)
+    readout = arguments.readout(logits, take(Readout))
     sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
     heads = arguments.heads(labels, take(Heads))
     entropy, backend = options.pop("entropy", True), options.pop("backend", "auto")
     if options:
         refuse(caller, list(options), group)
     arguments.check_switches(entropy=entropy)
-    return StatsCall(gamma, sequence, heads, entropy, backend)
+    return StatsCall(gamma, readout, sequence, heads, entropy, backend)
 
 
 def _number(

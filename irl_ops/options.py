@@ -13,6 +13,7 @@ from collections.abc import Sequence as ListOf
 from typing import Any, Generic, Literal, NoReturn, TypedDict, TypeVar
 
 from irl_ops.algebra.options import Heads, Sequence, Weighting
+from irl_ops.readout import Readout
 
 Boundary = Literal["terminal", "bootstrap", "drop"]
 Reduction = Literal["mean", "sum", "none"]
@@ -42,7 +43,14 @@ class HeadOptions(TypedDict, Generic[Array], total=False):
     values: Array | None
 
 
-class LikelihoodOptions(SequenceOptions[Array], total=False):
+class ReadoutOptions(TypedDict, Generic[Array], total=False):
+    """How logits become Q-values."""
+
+    logit_scale: float | Array
+    softcap: float | Array | None
+
+
+class LikelihoodOptions(SequenceOptions[Array], ReadoutOptions[Array], total=False):
     """What every loss takes."""
 
     entropy_coef: float | Array
@@ -76,7 +84,7 @@ class OnlineOptions(LikelihoodOptions[Array], HeadOptions[Array], total=False):
     num_items: tuple[float | Array, float | Array] | None
 
 
-class StatsOptions(SequenceOptions[Array], HeadOptions[Array], total=False):
+class StatsOptions(SequenceOptions[Array], HeadOptions[Array], ReadoutOptions[Array], total=False):
     """Of ``token_stats``."""
 
     gamma: float | Array
@@ -90,8 +98,6 @@ class LayerOptions(TypedDict, Generic[Array], total=False):
     bias: Array | None
     chunk_size: int | None
     accumulate: Literal["float32", "weight"] | None
-    logit_scale: float | Array
-    softcap: float | Array | None
 
 
 class LinearIQLearnOptions(LayerOptions[Array], IQLearnOptions[Array], total=False):
@@ -110,13 +116,7 @@ class LinearStatsOptions(LayerOptions[Array], StatsOptions[Array], total=False):
     """Of ``linear_token_stats``."""
 
 
-LAYER: dict[str, Any] = {
-    "bias": None,
-    "chunk_size": None,
-    "accumulate": None,
-    "logit_scale": 1.0,
-    "softcap": None,
-}
+LAYER: dict[str, Any] = {"bias": None, "chunk_size": None, "accumulate": None}
 """The defaults of the layer's options."""
 
 DEFAULTS: dict[str, Any] = {
@@ -126,6 +126,7 @@ DEFAULTS: dict[str, Any] = {
     "gamma": 1.0,
     "entropy_coef": 0.0,
     "z_loss": 0.0,
+    **Readout._field_defaults,
     **Sequence._field_defaults,
     **Weighting._field_defaults,
     **Heads._field_defaults,

@@ -19,6 +19,7 @@ from irl_ops.arguments import Arguments
 from irl_ops.call import read_loss, read_stats
 from irl_ops.kernels import reference as kernels
 from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, StatsOptions
+from irl_ops.readout import Readout
 
 Float = NDArray[np.float64]
 
@@ -96,7 +97,8 @@ def token_stats(logits: ArrayLike, labels: ArrayLike, **options: Any) -> TokenSt
     q, y = _float(logits), np.asarray(labels)
     call = read_stats("token_stats", StatsOptions, arguments, q, y, _arrays(options))
     rows = algebra.align(xp, y, q.shape[-1], call.sequence)
-    stats = algebra.statistics(xp, rows.labels, *kernels.row_stats(q, rows.labels, call.entropy))
+    found = kernels.row_stats(q, rows.labels, call.entropy, **call.readout.keywords)
+    stats = algebra.statistics(xp, rows.labels, *found)
     step = algebra.transition(xp, rows.kind, stats, call.gamma, _heads(call.heads))
     return TokenStats(
         step.value,
@@ -144,20 +146,22 @@ arguments = NumpyArguments()
 class Dense:
     """The pass over whole logits."""
 
-    def __init__(self, logits: Float) -> None:
-        self.logits = logits
+    def __init__(self, logits: Float, readout: Readout) -> None:
+        self.logits, self.readout = logits, readout.keywords
 
     def label_logit(self, labels: Any) -> Float:
         """``q[label]``."""
-        picked: Float = kernels.label_logit(self.logits, labels)
+        picked: Float = kernels.label_logit(self.logits, labels, **self.readout)
         return picked
 
     def stats_grad(self, labels: Any, given: Coefficients, finish: Any) -> tuple[Float, Finished]:
         """The gradient, and what was finished, in one window."""
-        row_max, logsum, entropy, dlogits = kernels.row_stats_grad(self.logits, *given)
+        row_max, logsum, entropy, dlogits = kernels.row_stats_grad(
+            self.logits, *given, **self.readout
+        )
         picked = self.label_logit(labels)
         done = finish(lambda x: x, row_max, logsum, picked, entropy, 0.0)
-        return kernels.set_label(dlogits, labels, done.element), done
+        return kernels.set_label(dlogits, labels, done.element, picked, **self.readout), done
 
 
 def _loss(
@@ -183,7 +187,7 @@ def _loss(
     above = algebra.weigh(xp, rows.kind, call.terms, weighting, _float(grad_output))
     heads = _heads(call.heads)
     with np.errstate(all="ignore"):  # what is infinite, or no number, is meant to be
-        out = algebra.loss_and_grad(xp, Dense(q), rows, above, heads)
+        out = algebra.loss_and_grad(xp, Dense(q, call.readout), rows, above, heads)
         per_row = algebra.row_losses(xp, loss, out.done.stats, out.done.step)
     total = per_row if weighting.reduction == "none" else np.sum(per_row)
     return Result(total, out.gradient, out.dvalues, out.dnext_values, out.metrics)

@@ -49,6 +49,15 @@ class JaxArguments(Arguments):
         """The value of a 0-d array, where it lies in this machine's memory and is not traced."""
         return float(np.asarray(x)) if _at_hand(x) else None
 
+    def known(self, name: str, x: Any) -> float:
+        """The value of a 0-d array that a kernel is made for, which tracing hides."""
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"{name} is traced, and kernels are made for its value; accepted: a number, or an "
+                "array outside of jit and its like (name it in static_argnames, or close over it)"
+            )
+        return float(x)
+
     def peek_list(self, x: Any) -> list[int] | None:
         """The values of an array, under the conditions of ``peek``."""
         listed: list[int] | None = np.asarray(x).tolist() if _at_hand(x) else None

@@ -2,7 +2,8 @@
 
 A backend is a module with ``row_stats``, ``row_grad``, ``row_stats_grad``, ``label_logit``,
 ``set_label_`` and ``scale_`` on torch tensors, and ``unavailable(device)``: None, or why it cannot
-serve that device.
+serve that device. All but ``scale_`` take ``logit_scale`` and ``softcap``, as
+``irl_ops.kernels.reference`` does.
 """
 
 from __future__ import annotations

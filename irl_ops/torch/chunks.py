@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from irl_ops.algebra import NO_LABEL, Coefficients, Finished
+from irl_ops.kernels import reference
+from irl_ops.readout import Readout
 from irl_ops.torch.linear_arguments import Layer
 
 
@@ -24,6 +26,7 @@ class Linear:
 
     def __init__(self, kernels: ModuleType, layer: Layer, wanted: tuple[bool, bool, bool]) -> None:
         self.kernels, self.layer = kernels, layer
+        self.readout = Readout(1.0, layer.softcap).keywords  # the products scale
         hidden, weight, bias = layer[:3]
         own = layer.accumulate == "weight" or weight.dtype in (torch.float32, torch.float64)
         sums = weight.dtype if own else torch.float32
@@ -46,9 +49,7 @@ class Linear:
             or [hidden.new_empty(0, dtype=dtype)]
         )
         picked = picked if bias is None else picked + bias[safe].to(dtype)
-        picked = picked * self.layer.scale
-        if self.layer.softcap is not None:
-            picked = self.layer.softcap * torch.tanh(picked / self.layer.softcap)
+        picked = reference.capped(picked, self.layer.scale, self.layer.softcap)
         picked = picked.where(labels != NO_LABEL, 0.0)
         return picked.where(labels < weight.shape[0], math.nan)
 
@@ -56,14 +57,16 @@ class Linear:
         """The gradients are left in ``dhidden``, ``dweight`` and ``dbias``."""
         done: list[Finished] = []
         behind: Tensor | float = 0.0
-        for rows, logits, bend in self.chunks():
-            picked = self.kernels.label_logit(logits, labels[rows])
+        for rows, logits in self.chunks():
+            picked = self.kernels.label_logit(logits, labels[rows], **self.readout)
             part = (None if x is None else x[rows] for x in given)
-            row_max, logsum, entropy = self.kernels.row_stats_grad(logits, *part, logits)
+            row_max, logsum, entropy = self.kernels.row_stats_grad(
+                logits, *part, logits, **self.readout
+            )
             done.insert(0, finish(Window(rows), row_max, logsum, picked, entropy, behind))
             behind = done[0].stats.value[:1]
-            self.kernels.set_label_(logits, labels[rows], done[0].element)
-            self.back(rows, logits, bend)
+            self.kernels.set_label_(logits, labels[rows], done[0].element, picked, **self.readout)
+            self.back(rows, logits)
         if not done:
             nothing = labels.new_empty(0, dtype=given.alpha.dtype)
             entropy = None if given.entropy_weight is None else nothing
@@ -73,17 +76,18 @@ class Linear:
     def row_stats(self, labels: Tensor, entropy: bool) -> tuple[Tensor, ...]:
         """``(row_max, logsum, label_logit[, entropy])`` of all rows; no gradient."""
         found = [
-            self.kernels.row_stats(logits, labels[rows], entropy)
-            for rows, logits, _ in self.chunks(bend=False)
+            self.kernels.row_stats(logits, labels[rows], entropy, **self.readout)
+            for rows, logits in self.chunks()
         ]
         columns = list(zip(*reversed(found), strict=True))
         return tuple(torch.cat(x) for x in columns[: 4 if entropy else 3])
 
     def row_grad(self, labels: Tensor, *vectors: Tensor) -> None:
         """The gradients of what has that gradient by the logits: see the row kernel."""
-        for rows, logits, bend in self.chunks():
-            self.kernels.row_grad(logits, labels[rows], *(x[rows] for x in vectors), logits)
-            self.back(rows, logits, bend)
+        for rows, logits in self.chunks():
+            part = (x[rows] for x in vectors)
+            self.kernels.row_grad(logits, labels[rows], *part, logits, **self.readout)
+            self.back(rows, logits)
 
     def windows(self) -> Iterator[slice]:
         """Chunks of rows of nearly one size, in order."""
@@ -93,9 +97,9 @@ class Linear:
         for start in range(0, count, max(size, 1)):
             yield slice(start, min(start + size, count))
 
-    def chunks(self, bend: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Rows, their logits, and the derivative of a soft cap; from the last to the first."""
-        hidden, weight, bias, _, _, scale, softcap = self.layer
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their logits, scaled and not capped; from the last to the first."""
+        hidden, weight, bias, _, _, scale, _ = self.layer
         windows = list(self.windows())
         if not windows:
             return
@@ -108,18 +112,11 @@ class Linear:
                 start = logits if bias is None else bias
                 beta = 0 if bias is None else scale
                 torch.addmm(start, hidden[rows], weight.t(), beta=beta, alpha=scale, out=logits)
-            slope = None
-            if softcap is not None:
-                logits.div_(softcap).tanh_()
-                slope = 1 - logits.square() if bend else None
-                logits.mul_(softcap)
-            yield rows, logits, slope
+            yield rows, logits
 
-    def back(self, rows: slice, dlogits: Tensor, bend: Tensor | None) -> None:
+    def back(self, rows: slice, dlogits: Tensor) -> None:
         """Two products take a chunk's gradient back to hidden and weight."""
         hidden, weight, _, _, _, scale, _ = self.layer
-        if bend is not None:
-            dlogits.mul_(bend)
         if self.dhidden is not None:
             into = self.dhidden[rows]
             torch.addmm(into, dlogits, weight, beta=0, alpha=scale, out=into)

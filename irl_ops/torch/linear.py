@@ -247,6 +247,7 @@ def linear_token_stats(
     call = read_stats(
         "linear_token_stats", LinearStatsOptions, arguments, _Logits(layer), labels, given
     )
+    layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     return linear_ops.token_stats(call, layer, labels, choose(call.backend, layer.hidden))
 
 
@@ -266,6 +267,7 @@ def _loss(
         caller, group, arguments, terms_of, _Logits(layer), labels, options, return_metrics,
         is_expert,
     )  # fmt: skip
+    layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     backend = choose(call.backend, layer.hidden)
     heads = call.heads
     inputs = (layer.hidden, layer.weight, layer.bias, heads.values, heads.next_values)

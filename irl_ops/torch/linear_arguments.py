@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +12,18 @@ from irl_ops.torch.arguments import TorchArguments
 
 
 class Layer(NamedTuple):
-    """q = softcap tanh(scale x / softcap), x = hidden weight^T + bias; and the chunks' form."""
+    """q = softcap tanh(scale x / softcap), x = hidden weight^T + bias; and the chunks' form.
+
+    ``scale`` and ``softcap`` are those of the call's ``Readout``, which is read with its others.
+    """
 
     hidden: Tensor  # [..., T, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     chunk: int  # rows
     accumulate: str
-    scale: float
-    softcap: float | None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 class LinearArguments(TorchArguments):
@@ -39,9 +41,7 @@ class LinearArguments(TorchArguments):
 
     def layer(self, hidden: Any, weight: Any, options: dict[str, Any]) -> Layer:
         """The layer; takes its options out of the others."""
-        bias, chunk, accumulate, scale, softcap = (
-            options.pop(name, default) for name, default in LAYER.items()
-        )
+        bias, chunk, accumulate = (options.pop(name, default) for name, default in LAYER.items())
         self._check_array("hidden", hidden, self.floats)
         self._check_array("weight", weight, self.floats)
         if torch.is_autocast_enabled(hidden.device.type):
@@ -76,19 +76,12 @@ class LinearArguments(TorchArguments):
             raise ValueError(f"chunk_size is {chunk!r}; accepted: an int of 1 or more, None")
         if accumulate not in (None, "float32", "weight"):
             raise ValueError(f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', None")
-        scale = self.number("logit_scale", scale, hidden, -math.inf, math.inf)
-        if softcap is not None:
-            softcap = self.number("softcap", softcap, hidden, 0.0, math.inf)
-            if not isinstance(softcap, Tensor) and softcap == 0:
-                raise ValueError("softcap is 0; accepted: a number above 0, None")
         return Layer(
             hidden,
             weight,
             bias,
             chunk or default_chunk(weight),
             accumulate or ("weight" if hidden.device.type == "cpu" else "float32"),
-            float(scale),
-            None if softcap is None else float(softcap),
         )
 
 

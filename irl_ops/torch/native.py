@@ -44,7 +44,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def row_stats(
-    logits: Tensor, labels: Tensor, entropy: bool
+    logits: Tensor,
+    labels: Tensor,
+    entropy: bool,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
     row_max, logsum, label_logit = (_row_vector(logits) for _ in range(3))
@@ -58,6 +63,8 @@ def row_stats(
         _address(label_logit),
         _address(h),
         torch.get_num_threads(),
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
     )
     return row_max, logsum, label_logit, h
 
@@ -71,8 +78,11 @@ def row_grad(
     b: Tensor,
     c: Tensor,
     dlogits: Tensor,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> None:
-    """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
+    """Writes ``(p_j (A + B log p_j) + C 1{j = label}) dq/dx`` into ``dlogits``."""
     labels, row_max, logsum = labels.contiguous(), row_max.contiguous(), logsum.contiguous()
     a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
     _native.row_grad(
@@ -86,11 +96,20 @@ def row_grad(
         _address(dlogits),
         dlogits.stride()[:-1],
         torch.get_num_threads(),
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
     )
 
 
 def row_stats_grad(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, dlogits: Tensor
+    logits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    entropy_weight: Tensor | None,
+    dlogits: Tensor,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(row_max, logsum, entropy)``; writes the gradient into ``dlogits``, which may be logits."""
     row_max, logsum = _row_vector(logits), _row_vector(logits)
@@ -109,22 +128,48 @@ def row_stats_grad(
         _address(dlogits),
         dlogits.stride()[:-1],
         torch.get_num_threads(),
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
     )
     return row_max, logsum, entropy
 
 
-def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
+def label_logit(
+    logits: Tensor, labels: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
     """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
     picked = _row_vector(logits)
     labels = labels.contiguous()
-    _native.label_logit(*_rows(logits), _address(labels), _address(picked))
+    _native.label_logit(
+        *_rows(logits),
+        _address(labels),
+        _address(picked),
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
+    )
     return picked
 
 
-def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+def set_label_(
+    dlogits: Tensor,
+    labels: Tensor,
+    elements: Tensor,
+    label_logit: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
     """Writes one element per row, rounded once; a row without a valid label stays as it is."""
     labels, elements = labels.contiguous(), elements.contiguous()
-    _native.set_label(*_rows(dlogits), _address(labels), _address(elements))
+    label_logit = None if label_logit is None else label_logit.contiguous()
+    _native.set_label(
+        *_rows(dlogits),
+        _address(labels),
+        _address(elements),
+        _address(label_logit),
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
+    )
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from irl_ops import algebra
 from irl_ops.algebra import Heads, Sequence, Terms, Weighting
+from irl_ops.call import Call, StatsCall
 from irl_ops.torch import native
 from irl_ops.torch.arguments import arguments
 
@@ -90,6 +91,12 @@ class Fields:
         self.array("values", given.values, torch.float32)
         self.array("next_values", given.next_values, torch.float32)
         self.call.detach_next = given.detach_next
+
+
+def readout_of(call: Call | StatsCall) -> dict[str, float]:
+    """How logits become Q-values, 0 standing for no soft cap."""
+    scale, cap = call.readout
+    return {"logit_scale": scale, "softcap": cap or 0.0}
 
 
 def refuse_label(row: int, labels: Tensor, logits: Tensor, sequence: Sequence) -> NoReturn:

@@ -12,7 +12,7 @@ from torch import Tensor
 from irl_ops.algebra import Terms
 from irl_ops.call import Call
 from irl_ops.torch import native
-from irl_ops.torch.native_call import Fields, refuse_label
+from irl_ops.torch.native_call import Fields, readout_of, refuse_label
 from irl_ops.torch.outcome import Outcome
 
 METRICS = ("nll", "value", "entropy", "td", "reward", "accuracy", "z", "tokens")
@@ -45,6 +45,7 @@ def loss(
         native._address(dvalues),
         native._address(dnext_values),
         torch.get_num_threads(),
+        **readout_of(call),
     )
     if isinstance(found, int):
         refuse_label(found, labels, logits, call.sequence)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irl_ops.call import StatsCall
 from irl_ops.torch import native, pool
-from irl_ops.torch.native_call import Fields, refuse_label
+from irl_ops.torch.native_call import Fields, readout_of, refuse_label
 from irl_ops.torch.refusals import refuse_second_derivative
 
 
@@ -78,6 +78,7 @@ class Differentiable(torch.autograd.Function):
             native._address(dvalues),
             native._address(dnext_values),
             torch.get_num_threads(),
+            **readout_of(call),
         )
         return dlogits, dvalues, dnext_values, None, None
 
@@ -102,6 +103,7 @@ def _token_stats(
         fields.call,
         tuple(map(native._address, (*outputs, row_max, logsum, aligned))),
         torch.get_num_threads(),
+        **readout_of(call),
     )
     if bad >= 0:
         refuse_label(bad, labels, logits, call.sequence)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from irl_ops import algebra
 from irl_ops.algebra import Sequence
+from irl_ops.readout import Readout
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.refusals import refuse_second_derivative
@@ -19,16 +20,29 @@ from irl_ops.torch.refusals import refuse_second_derivative
 
 @torch.library.custom_op("irl_ops::row_stats", mutates_args=())
 def row_stats(
-    logits: Tensor, labels: Tensor, entropy: bool, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    entropy: bool,
+    backend: str,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, logsum, label_logit, entropy)``, float32; entropy is empty unless asked for."""
-    row_max, logsum, label_logit, h = BACKENDS[backend].row_stats(logits, labels, entropy)
+    readout = Readout(logit_scale, softcap).keywords
+    row_max, logsum, label_logit, h = BACKENDS[backend].row_stats(
+        logits, labels, entropy, **readout
+    )
     return row_max, logsum, label_logit, _or_empty(logits, h)
 
 
 @row_stats.register_fake
 def _(
-    logits: Tensor, labels: Tensor, entropy: bool, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    entropy: bool,
+    backend: str,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_max, logsum, label_logit = (row_vector(logits) for _ in range(3))
     return row_max, logsum, label_logit, _or_empty(logits, None, entropy)
@@ -44,10 +58,12 @@ def row_grad(
     b: Tensor,
     c: Tensor,
     backend: str,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """``p_j (A + B log p_j) + C 1{j = label}`` in the logits' dtype."""
-    dlogits = torch.empty_like(logits)
-    BACKENDS[backend].row_grad(logits, labels, row_max, logsum, a, b, c, dlogits)
+    """``(p_j (A + B log p_j) + C 1{j = label}) dq/dx`` in the logits' dtype."""
+    dlogits, readout = torch.empty_like(logits), Readout(logit_scale, softcap).keywords
+    BACKENDS[backend].row_grad(logits, labels, row_max, logsum, a, b, c, dlogits, **readout)
     return dlogits
 
 
@@ -61,6 +77,8 @@ def _(
     b: Tensor,
     c: Tensor,
     backend: str,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     return torch.empty_like(logits)
 
@@ -94,7 +112,7 @@ def _(
 
 
 def _save_row_stats(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, labels, ctx.with_entropy, ctx.backend = inputs
+    logits, labels, ctx.with_entropy, *ctx.how = inputs
     row_max, logsum, _, entropy = output
     ctx.save_for_backward(logits, labels, row_max, logsum, entropy)
 
@@ -108,8 +126,8 @@ def _row_stats_backward(ctx, _, dlogsum, dlabel_logit, dentropy):  # type: ignor
     refuse_second_derivative()
     logits, labels, row_max, logsum, entropy = ctx.saved_tensors
     a, b = row_coefficients(entropy if ctx.with_entropy else None, dlogsum, dentropy)
-    dlogits = row_grad(logits, labels, row_max, logsum, a, b, dlabel_logit, ctx.backend)
-    return dlogits, None, None, None
+    dlogits = row_grad(logits, labels, row_max, logsum, a, b, dlabel_logit, *ctx.how)
+    return dlogits, *[None] * 5
 
 
 row_stats.register_autograd(_row_stats_backward, setup_context=_save_row_stats)

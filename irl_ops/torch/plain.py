@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,23 +27,35 @@ def row_grad(
     b: Tensor,
     c: Tensor,
     dlogits: Tensor,
+    **readout: Any,
 ) -> None:
-    """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
-    dlogits.copy_(reference.row_grad(logits, labels, row_max, logsum, a, b, c))
+    """Writes ``(p_j (A + B log p_j) + C 1{j = label}) dq/dx`` into ``dlogits``."""
+    dlogits.copy_(reference.row_grad(logits, labels, row_max, logsum, a, b, c, **readout))
 
 
 def row_stats_grad(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, dlogits: Tensor
+    logits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    entropy_weight: Tensor | None,
+    dlogits: Tensor,
+    **readout: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(row_max, logsum, entropy)``; writes the gradient into ``dlogits``, which may be logits."""
-    *stats, gradient = reference.row_stats_grad(logits, alpha, beta, entropy_weight)
+    *stats, gradient = reference.row_stats_grad(logits, alpha, beta, entropy_weight, **readout)
     dlogits.copy_(gradient)
     return tuple(stats)
 
 
-def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+def set_label_(
+    dlogits: Tensor,
+    labels: Tensor,
+    elements: Tensor,
+    label_logit: Tensor | None = None,
+    **readout: Any,
+) -> None:
     """Writes one element per row, rounded once; a row without a valid label stays as it is."""
-    dlogits.copy_(reference.set_label(dlogits, labels, elements))
+    dlogits.copy_(reference.set_label(dlogits, labels, elements, label_logit, **readout))
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:

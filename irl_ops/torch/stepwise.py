@@ -12,6 +12,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.algebra import Coefficients, Finished, Heads, Rows, Weighting
 from irl_ops.call import Call
+from irl_ops.readout import Readout
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.outcome import Outcome
 
@@ -19,21 +20,24 @@ from irl_ops.torch.outcome import Outcome
 class Dense:
     """The pass over whole logits; the gradient goes into storage that is given."""
 
-    def __init__(self, kernels: ModuleType, logits: Tensor, dlogits: Tensor) -> None:
+    def __init__(
+        self, kernels: ModuleType, logits: Tensor, dlogits: Tensor, readout: Readout
+    ) -> None:
         self.kernels, self.logits, self.dlogits = kernels, logits, dlogits
+        self.readout = readout.keywords
 
     def label_logit(self, labels: Tensor) -> Tensor:
         """``q[label]``, also kept for ``stats_grad``."""
-        picked: Tensor = self.kernels.label_logit(self.logits, labels)
+        picked: Tensor = self.kernels.label_logit(self.logits, labels, **self.readout)
         self.picked = picked
         return picked
 
     def stats_grad(self, labels: Tensor, given: Coefficients, finish: Any) -> tuple[None, Finished]:
         """The gradient goes into ``dlogits``; all rows are one window."""
-        stats = self.kernels.row_stats_grad(self.logits, *given, self.dlogits)
+        stats = self.kernels.row_stats_grad(self.logits, *given, self.dlogits, **self.readout)
         row_max, logsum, entropy = stats
         done: Finished = finish(lambda x: x, row_max, logsum, self.picked, entropy, 0.0)
-        self.kernels.set_label_(self.dlogits, labels, done.element)
+        self.kernels.set_label_(self.dlogits, labels, done.element, self.picked, **self.readout)
         return None, done
 
 
@@ -52,13 +56,17 @@ def loss(
     with torch.no_grad():
         loss = algebra.weigh(xp, rows.kind, call.terms, weighting, above)
         if dlogits is not None:
-            out = algebra.loss_and_grad(xp, Dense(kernels, logits, dlogits), rows, loss, heads)
+            out = algebra.loss_and_grad(
+                xp, Dense(kernels, logits, dlogits, call.readout), rows, loss, heads
+            )
             metrics = out.metrics if call.metrics else None
             return Outcome(out.loss, out.dvalues, out.dnext_values, metrics)
         stats = algebra.statistics(
             xp,
             rows.labels,
-            *kernels.row_stats(logits, rows.labels, loss.entropy_coef is not None),
+            *kernels.row_stats(
+                logits, rows.labels, loss.entropy_coef is not None, **call.readout.keywords
+            ),
         )
         step = algebra.transition(xp, rows.kind, stats, loss.gamma, heads)
         total: Tensor = algebra.row_losses(xp, loss, stats, step)

@@ -85,7 +85,7 @@ def token_stats(
     if backend == "native" and is_plain(logits) and is_plain(labels):
         return TokenStats(*native_tokens.token_stats(call, logits, labels))  # type: ignore[arg-type]
     rows = ops.align(labels, logits.shape[-1], call.sequence)
-    stats = traced.statistics(logits, rows, call.entropy, backend)
+    stats = traced.statistics(logits, rows, call.entropy, backend, call.readout)
     step = traced.transition(rows, stats, call.gamma, call.heads)
     return TokenStats(
         step.value,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from irl_ops import algebra
 from irl_ops.call import Call
+from irl_ops.readout import Readout
 from irl_ops.torch import ops
 from irl_ops.torch.stepwise import heads_in, in_dtype
 
@@ -26,7 +27,7 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor, backend: str) -> Loss:
     heads, weighting = in_dtype(call, logits)
     rows = ops.align(labels, logits.shape[-1], call.sequence)
     loss = algebra.weigh(xp, rows.kind, call.terms, weighting)
-    stats = statistics(logits, rows, loss.entropy_coef is not None, backend)
+    stats = statistics(logits, rows, loss.entropy_coef is not None, backend, call.readout)
     step = transition(rows, stats, loss.gamma, heads)
     total: Tensor = algebra.row_losses(xp, loss, stats, step)
     total = total if call.weighting.reduction == "none" else total.sum()
@@ -37,10 +38,10 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor, backend: str) -> Loss:
 
 
 def statistics(
-    logits: Tensor, rows: algebra.Rows, entropy: bool, backend: str
+    logits: Tensor, rows: algebra.Rows, entropy: bool, backend: str, readout: Readout
 ) -> algebra.Statistics:
     """Row statistics from one read of the logits, differentiable."""
-    row_max, logsum, label_logit, h = ops.row_stats(logits, rows.labels, entropy, backend)
+    row_max, logsum, label_logit, h = ops.row_stats(logits, rows.labels, entropy, backend, *readout)
     h = h if entropy else None
     return algebra.statistics(xp, rows.labels, row_max, logsum, label_logit, h)
 

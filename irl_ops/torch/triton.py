@@ -41,13 +41,13 @@ def interpreted() -> bool:
 
 
 def row_stats(
-    logits: Tensor, labels: Tensor, entropy: bool
+    logits: Tensor, labels: Tensor, entropy: bool, **readout: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
     row_max, logsum, picked = (_row_vector(logits) for _ in range(3))
     h = _row_vector(logits) if entropy else None
     with current(logits.device):
-        launch_row_stats(logits, labels.contiguous(), row_max, logsum, picked, h)
+        launch_row_stats(logits, labels.contiguous(), row_max, logsum, picked, h, **readout)
     return row_max, logsum, picked, h
 
 
@@ -60,20 +60,27 @@ def row_grad(
     b: Tensor,
     c: Tensor,
     dlogits: Tensor,
+    **readout: Any,
 ) -> None:
-    """Writes ``p_j (A + B log p_j) + C 1{j = label}`` into ``dlogits``."""
+    """Writes ``(p_j (A + B log p_j) + C 1{j = label}) dq/dx`` into ``dlogits``."""
     given = (x.contiguous() for x in (labels, row_max, logsum, a, b, c))
     block = dispatch.row_grad(_family(logits.device))
     with current(logits.device):
         for q, d, *vectors in planes((logits, dlogits), *given):
             _kernel("row_grad")[(_rows(q), block.programs(q.shape[-1]))](
                 q, *vectors, *_sizes(q), *_strides(q), *_strides(d), d,
-                EDGES=_edges(q, d), MATCHED=_matched(q, d), **block.launch, enable_fp_fusion=True,
+                EDGES=_edges(q, d), MATCHED=_matched(q, d), **block.launch, **constants(**readout),
+                enable_fp_fusion=True,
             )  # fmt: skip
 
 
 def row_stats_grad(
-    logits: Tensor, alpha: Tensor, beta: Tensor, entropy_weight: Tensor | None, dlogits: Tensor
+    logits: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    entropy_weight: Tensor | None,
+    dlogits: Tensor,
+    **readout: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(row_max, logsum, entropy)``; writes the gradient into ``dlogits``, which may be logits."""
     row_max, logsum = _row_vector(logits), _row_vector(logits)
@@ -82,22 +89,30 @@ def row_stats_grad(
         entropy, weight = _row_vector(logits), entropy_weight.contiguous()
     given = (alpha.contiguous(), beta.contiguous(), weight)
     with current(logits.device):
-        launch_row_stats_grad(logits, dlogits, *given, row_max, logsum, entropy)
+        launch_row_stats_grad(logits, dlogits, *given, row_max, logsum, entropy, **readout)
     return row_max, logsum, entropy
 
 
-def label_logit(logits: Tensor, labels: Tensor) -> Tensor:
+def label_logit(logits: Tensor, labels: Tensor, **readout: Any) -> Tensor:
     """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
     picked = _row_vector(logits)
     with current(logits.device):
-        launch_label_logit(logits, labels.contiguous(), picked)
+        launch_label_logit(logits, labels.contiguous(), picked, **readout)
     return picked
 
 
-def set_label_(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+def set_label_(
+    dlogits: Tensor,
+    labels: Tensor,
+    elements: Tensor,
+    label_logit: Tensor | None = None,
+    **readout: Any,
+) -> None:
     """Writes one element per row, rounded once; rows without a good label keep what they have."""
+    label_logit = None if label_logit is None else label_logit.contiguous()
+    given = (labels.contiguous(), elements.contiguous(), label_logit)
     with current(dlogits.device):
-        launch_set_label(dlogits, labels.contiguous(), elements.contiguous())
+        launch_set_label(dlogits, *given, **readout)
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
@@ -111,45 +126,65 @@ def scale_(dlogits: Tensor, factor: Tensor) -> None:
             )  # fmt: skip
 
 
-def launch_row_stats(logits: Tensor, labels: Tensor, *out: Tensor | None) -> None:
+def constants(logit_scale: float = 1.0, softcap: float | None = None) -> dict[str, float]:
+    """The constants of a kernel that say how it reads logits."""
+    return {"SCALE": logit_scale, "SOFTCAP": softcap or 0.0}
+
+
+def launch_row_stats(logits: Tensor, labels: Tensor, *out: Tensor | None, **readout: Any) -> None:
     """Vectors here and below are contiguous, with one element per row or more."""
     tiles = dispatch.row_stats(logits.shape[-1], _family(logits.device))
     for q, *vectors in planes((logits,), labels, *out):
         _kernel("row_stats")[(_rows(q),)](
             q, vectors[0], *_sizes(q), *_strides(q), *vectors[1:],
-            ENTROPY=out[-1] is not None, EDGES=_edges(q), **tiles.launch, enable_fp_fusion=True,
+            ENTROPY=out[-1] is not None, EDGES=_edges(q), **tiles.launch, **constants(**readout),
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def launch_row_stats_grad(logits: Tensor, dlogits: Tensor, *vectors: Tensor | None) -> None:
+def launch_row_stats_grad(
+    logits: Tensor, dlogits: Tensor, *vectors: Tensor | None, **readout: Any
+) -> None:
     """``vectors``: alpha, beta, entropy_weight; row_max, logsum, entropy."""
     entropy, family = vectors[-1] is not None, _family(logits.device)
+    capped = readout.get("softcap") is not None
     for q, d, a, b, w, *out in planes((logits, dlogits), *vectors):
-        form = dispatch.row_stats_grad(q.shape[-1], q.itemsize, entropy, family, _matched(q, d))
+        form = dispatch.row_stats_grad(
+            q.shape[-1], q.itemsize, entropy, family, _matched(q, d), capped
+        )
         name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
         _kernel(name, "row_stats_grad")[(_rows(q),)](
             q, a, b, w, *_sizes(q), *_strides(q), *_strides(d), *out, d,
             ENTROPY=entropy, EDGES=_edges(q, d), MATCHED=_matched(q, d),
-            **form.launch, enable_fp_fusion=True,
+            **form.launch, **constants(**readout), enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def launch_label_logit(logits: Tensor, labels: Tensor, picked: Tensor) -> None:
+def launch_label_logit(logits: Tensor, labels: Tensor, picked: Tensor, **readout: Any) -> None:
     """Writes ``q[label]`` of each row into ``picked``."""
     block = dispatch.LABELS
     for q, y, out in planes((logits,), labels, picked):
         _kernel("labels", "label_logit")[(block.programs(_rows(q)),)](
-            q, y, _rows(q), *_sizes(q), *_strides(q), out, **block.launch, enable_fp_fusion=True
-        )
+            q, y, _rows(q), *_sizes(q), *_strides(q), out,
+            **block.launch, **constants(**readout), enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-def launch_set_label(dlogits: Tensor, labels: Tensor, elements: Tensor) -> None:
+def launch_set_label(
+    dlogits: Tensor,
+    labels: Tensor,
+    elements: Tensor,
+    label_logit: Tensor | None = None,
+    **readout: Any,
+) -> None:
     """Writes each row's element at its label into ``dlogits``."""
     block = dispatch.LABELS
-    for d, y, x in planes((dlogits,), labels, elements):
+    for d, y, x, q in planes((dlogits,), labels, elements, label_logit):
         _kernel("labels", "set_label")[(block.programs(_rows(d)),)](
-            y, x, _rows(d), *_sizes(d), *_strides(d), d, **block.launch, enable_fp_fusion=True
-        )
+            y, x, _rows(d), *_sizes(d), *_strides(d), d,
+            label_logit=None if readout.get("softcap") is None else q,
+            **block.launch, **constants(**readout), enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @functools.cache

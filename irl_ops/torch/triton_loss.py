@@ -1,7 +1,8 @@
 """A whole loss call on a GPU: the stages of the algebra in Triton, around the row kernel.
 
 Five launches with a gradient, four without: ``align`` (with the labels' logits), ``coefficients``,
-the row kernel, ``finish`` (with the gradient's elements at the labels), ``total``.
+the row kernel, ``finish`` (with the gradient's elements at the labels), ``total``. Under
+``logit_scale`` or ``softcap`` the labels' elements take two launches of their own.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def _loss(
     blocks = max(1, -(-n // BLOCK))
     sequence, terms, weighting, heads = call.sequence, call.terms, call.weighting, call.heads
     with_entropy, gradient = terms.entropy_coef is not None, dlogits is not None
-    plane = _only_plane(logits) if gradient else None
-    target = None if dlogits is None else _only_plane(dlogits)
+    # of logits that are bent, the kernels and no stage touch the labels' elements
+    plain, readout = call.readout.plain, call.readout.keywords
+    plane = _only_plane(logits) if gradient and plain else None
+    target = _only_plane(dlogits) if dlogits is not None and plain else None
 
     names = ["weights", "label_logit", "row_max", "logsum"]
     names += ["entropy"] * with_entropy + ["alpha", "beta"] * gradient
@@ -92,14 +95,14 @@ def _loss(
     dvalues = dnext_values = losses = None
     if dlogits is None:
         picked = ("row_max", "logsum", "label_logit", "entropy")
-        triton.launch_row_stats(logits, aligned, *map(vectors.get, picked))
+        triton.launch_row_stats(logits, aligned, *map(vectors.get, picked), **readout)
     else:
         if heads.values is not None:
             dvalues = torch.empty(shape, dtype=torch.float32, device=device)
         if heads.next_values is not None:
             dnext_values = torch.empty(shape, dtype=torch.float32, device=device)
         if plane is None:
-            triton.launch_label_logit(logits, aligned, vectors["label_logit"])
+            triton.launch_label_logit(logits, aligned, vectors["label_logit"], **readout)
         given = ("alpha", "beta", "entropy_weight")
         stage("coefficients", "coefficients")[(blocks,)](
             kinds, vectors["weights"], is_expert, vectors["label_logit"], values, next_values,
@@ -107,7 +110,7 @@ def _loss(
             **present, enable_fp_fusion=True,
         )  # fmt: skip
         written = (*given, "row_max", "logsum", "entropy")
-        triton.launch_row_stats_grad(logits, dlogits, *map(vectors.get, written))
+        triton.launch_row_stats_grad(logits, dlogits, *map(vectors.get, written), **readout)
     if weighting.reduction == "none":
         losses = torch.empty(shape, dtype=torch.float32, device=device)
     stage("finish", "finish")[(blocks,)](
@@ -122,7 +125,8 @@ def _loss(
         enable_fp_fusion=True,
     )  # fmt: skip
     if dlogits is not None and target is None:
-        triton.launch_set_label(dlogits, aligned, vectors["elements"])
+        elements, picked_logit = vectors["elements"], vectors["label_logit"]
+        triton.launch_set_label(dlogits, aligned, elements, picked_logit, **readout)
     if losses is not None and not call.metrics:
         return Outcome(losses, dvalues, dnext_values, None)
     summed = torch.empty((), dtype=torch.float32, device=device)  # no view: users write to it

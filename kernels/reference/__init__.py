@@ -39,7 +39,7 @@ def row_stats(
         logit_scale: a number above 0.
         softcap: a number above 0, or None.
     """
-    q = _capped(logits, logit_scale, softcap)
+    q = capped(logits, logit_scale, softcap)
     row_max, logsum = _normaliser(q)
     return (
         row_max,
@@ -63,11 +63,11 @@ def row_grad(
 ) -> Array:
     """``dlogits_j = (p_j (A + B log p_j) + C 1{j = label}) dq/dx``, in the logits' dtype."""
     xp = array_namespace(logits)
-    q = _capped(logits, logit_scale, softcap)
+    q = capped(logits, logit_scale, softcap)
     element = _softmax_terms(q, row_max, logsum, a, b) + xp.where(
         _is_label(logits, labels), c[..., None], 0.0
     )
-    return xp.astype(_through_cap(element, q, logit_scale, softcap), logits.dtype)
+    return xp.astype(through_cap(element, q, logit_scale, softcap), logits.dtype)
 
 
 def row_stats_grad(
@@ -88,7 +88,7 @@ def row_stats_grad(
     """
     xp = array_namespace(logits)
     unread = alpha == -xp.inf
-    q = xp.where(unread[..., None], 0.0, _capped(logits, logit_scale, softcap))
+    q = xp.where(unread[..., None], 0.0, capped(logits, logit_scale, softcap))
     alpha, beta = xp.where(unread, 0.0, alpha), xp.where(unread, 0.0, beta)
     row_max, logsum = _normaliser(q)
     a, b, entropy = (
@@ -100,7 +100,7 @@ def row_stats_grad(
         b = xp.where(unread, 0.0, entropy_weight)
         entropy = xp.where(unread, 0.0, _entropy(q, row_max, logsum))
         a = a + xp.where(b != 0, b * entropy, 0.0)
-    terms = _through_cap(_softmax_terms(q, row_max, logsum, a, b), q, logit_scale, softcap)
+    terms = through_cap(_softmax_terms(q, row_max, logsum, a, b), q, logit_scale, softcap)
     return row_max, xp.where(unread, 0.0, logsum), entropy, xp.astype(terms, logits.dtype)
 
 
@@ -112,7 +112,7 @@ def label_logit(
     Selected, not gathered: no address is ever computed from a label.
     """
     xp = array_namespace(logits)
-    q = _capped(logits, logit_scale, softcap)
+    q = capped(logits, logit_scale, softcap)
     picked = xp.sum(xp.where(_is_label(logits, labels), q, 0.0), axis=-1)
     return xp.where(labels >= logits.shape[-1], xp.nan, picked)
 
@@ -121,10 +121,10 @@ def set_label(
     dlogits: Array,
     labels: Array,
     elements: Array,
+    label_logit: Array | None = None,
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    label_logit: Array | None = None,
 ) -> Array:
     """The gradient with the elements at the labels replaced, rounded once.
 
@@ -132,24 +132,19 @@ def set_label(
         dlogits: ``[..., V]``.
         labels: integers ``[...]``.
         elements: ``[...]``, gradients in q; what is written is multiplied by dq/dx.
+        label_logit: ``[...]``, q at the labels, from which dq/dx is found under a soft cap.
         logit_scale: a number above 0.
         softcap: a number above 0, or None.
-        label_logit: ``[...]``, q at the labels, from which dq/dx is found under a soft cap.
     """
     xp = array_namespace(dlogits)
     if softcap is not None and label_logit is None:
         raise ValueError("softcap needs label_logit, q at the labels, for the slope of the cap")
-    elements = _through_cap(elements, label_logit, logit_scale, softcap)
+    elements = through_cap(elements, label_logit, logit_scale, softcap)
     elements = xp.astype(elements, dlogits.dtype)
     return xp.where(_is_label(dlogits, labels), elements[..., None], dlogits)
 
 
-def _upcast(logits: Array) -> Array:
-    xp = array_namespace(logits)
-    return logits if logits.dtype == xp.float64 else xp.astype(logits, xp.float32)
-
-
-def _capped(logits: Array, logit_scale: float, softcap: float | None) -> Array:
+def capped(logits: Array, logit_scale: float, softcap: float | None) -> Array:
     """q in the dtype of the computation."""
     xp = array_namespace(logits)
     x = _upcast(logits)
@@ -158,13 +153,18 @@ def _capped(logits: Array, logit_scale: float, softcap: float | None) -> Array:
     return xp.where(x == -xp.inf, -xp.inf, softcap * xp.tanh(x * (logit_scale / softcap)))
 
 
-def _through_cap(g: Array, q: Array, logit_scale: float, softcap: float | None) -> Array:
+def through_cap(g: Array, q: Array, logit_scale: float, softcap: float | None) -> Array:
     """A gradient in q as one in the logits. A zero stays one, where q is NaN too."""
     if softcap is None:
         return g if logit_scale == 1.0 else logit_scale * g
     xp = array_namespace(g)
     slope = logit_scale * (1 - (q / softcap) ** 2)
     return xp.where((g == 0) | (q == -xp.inf), 0.0, g * slope)
+
+
+def _upcast(logits: Array) -> Array:
+    xp = array_namespace(logits)
+    return logits if logits.dtype == xp.float64 else xp.astype(logits, xp.float32)
 
 
 def _is_label(logits: Array, labels: Array) -> Array:
