@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from irl_ops import algebra
+from irl_ops.kernels import reference
+from irl_ops.readout import Readout
 
 Carry = Any
 Body = Callable[[Carry, Any, int], tuple[Carry, Any]]
@@ -33,43 +35,18 @@ class Layer(NamedTuple):
         return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
 
 
-class Bend(NamedTuple):
-    """q = softcap tanh(scale x / softcap), where x is hidden weight^T + bias; None: left out."""
-
-    scale: jax.Array | None
-    softcap: jax.Array | None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """q, in the dtype of x."""
-        if self.scale is None and self.softcap is None:
-            return x
-        q = _wide(x) if self.scale is None else _wide(x) * self.scale
-        if self.softcap is not None:
-            q = self.softcap * jnp.tanh(q / self.softcap)
-        return q.astype(x.dtype)
-
-    def back(self, dq: jax.Array, q: jax.Array) -> jax.Array:
-        """The gradient by x, from the one by q."""
-        if self.scale is None and self.softcap is None:
-            return dq
-        dx = _wide(dq) if self.scale is None else _wide(dq) * self.scale
-        if self.softcap is not None:
-            dx = dx * (1 - (_wide(q) / self.softcap) ** 2)
-        return dx.astype(dq.dtype)
-
-
 def _wide(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def logits_of(hidden: jax.Array, layer: Layer, bend: Bend) -> jax.Array:
-    """The logits of some rows, rounded as those of a dense layer are."""
+def logits_of(hidden: jax.Array, layer: Layer) -> jax.Array:
+    """The logits of some rows, rounded as those of a dense layer are; neither scaled nor capped."""
     over = (((1,), (1,)), ((), ()))
     x = lax.dot_general(hidden, layer.weight, over, preferred_element_type=hidden.dtype)
-    return bend(x if layer.bias is None else x + layer.bias)
+    return x if layer.bias is None else x + layer.bias
 
 
-def label_logit(layer: Layer, labels: jax.Array, bend: Bend, chunk: int) -> jax.Array:
+def label_logit(layer: Layer, labels: jax.Array, readout: Readout, chunk: int) -> jax.Array:
     """``q[label]`` by gathered rows of the weight, unrounded; 0 without a label, NaN for a bad one.
 
     Of a chunk at a time too, for the gathered rows are as large as the hidden states.
@@ -80,7 +57,8 @@ def label_logit(layer: Layer, labels: jax.Array, bend: Bend, chunk: int) -> jax.
         hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
         column = jnp.clip(label, 0, vocab - 1)
         x = jnp.sum(_wide(hidden) * _wide(layer.weight[column]), -1)
-        q = bend(x if layer.bias is None else x + _wide(layer.bias[column]))
+        x = x if layer.bias is None else x + _wide(layer.bias[column])
+        q = reference.capped(x, *readout)
         return None, jnp.where(label < 0, 0.0, jnp.where(label >= vocab, jnp.nan, q))
 
     picked: jax.Array = backwards(body, None, flat.shape[0], chunk)[1]
@@ -141,20 +119,20 @@ class Linear:
     """The pass with its gradients, for ``algebra.loss_and_grad``."""
 
     def __init__(
-        self, kernels: ModuleType, layer: Layer, bend: Bend, chunk: int, accumulate: str
+        self, kernels: ModuleType, layer: Layer, readout: Readout, chunk: int, accumulate: str
     ) -> None:
-        self.kernels, self.layer, self.bend = kernels, layer, bend
+        self.kernels, self.layer, self.readout = kernels, layer, readout
         self.chunk, self.accumulate = chunk, accumulate
 
     def label_logit(self, labels: jax.Array) -> jax.Array:
         """``q[label]``, for the neighbour's coefficients alone."""
-        return label_logit(self.layer, labels, self.bend, self.chunk)
+        return label_logit(self.layer, labels, self.readout, self.chunk)
 
     def stats_grad(
         self, labels: jax.Array, given: algebra.Coefficients, finish: algebra.Finish
     ) -> tuple[tuple[jax.Array, Sums], algebra.Finished]:
         """The gradients of the layer, and what was finished."""
-        layer, kernels = self.layer.flat(), self.kernels
+        layer, kernels, readout = self.layer.flat(), self.kernels, self.readout.keywords
 
         def body(carry: Carry, start: Any, size: int) -> tuple[Carry, Any]:
             def window(x: Any) -> Any:
@@ -167,16 +145,17 @@ class Linear:
             def work(carry: Carry) -> tuple[Carry, Any]:
                 sums, behind = carry
                 hidden = lax.dynamic_slice_in_dim(layer.hidden, start, size)
-                q, label = logits_of(hidden, layer, self.bend), window(labels)
-                picked = kernels.label_logit(q, label)
+                x, label = logits_of(hidden, layer), window(labels)
+                picked = kernels.label_logit(x, label, **readout)
                 # looked at before they are overwritten; see ``scalar_loss.Dense``
                 zeros = 0.0 * jnp.where(jnp.isfinite(picked), picked, 0.0)
-                row_max, logsum, entropy, dq = kernels.row_stats_grad(
-                    q, alpha + zeros, beta, entropy_weight
+                row_max, logsum, entropy, dx = kernels.row_stats_grad(
+                    x, alpha + zeros, beta, entropy_weight, **readout
                 )
                 done = finish(window, row_max, logsum, picked, entropy, behind)
-                dq = kernels.set_label(dq, label, done.element)
-                sums, dhidden = sums.add(self.bend.back(dq, q), hidden, layer)
+                seen = picked if readout else None
+                dx = kernels.set_label(dx, label, done.element, seen, **readout)
+                sums, dhidden = sums.add(dx, hidden, layer)
                 return (sums, done.stats.value[:1]), (dhidden, done)
 
             def skip(carry: Carry) -> tuple[Carry, Any]:
@@ -197,14 +176,20 @@ class Linear:
 
 
 def row_stats(
-    kernels: ModuleType, layer: Layer, labels: jax.Array, bend: Bend, chunk: int, entropy: bool
+    kernels: ModuleType,
+    layer: Layer,
+    labels: jax.Array,
+    readout: Readout,
+    chunk: int,
+    entropy: bool,
 ) -> Any:
     """``(row_max, logsum, label_logit, entropy)`` of every row."""
     layer, flat = layer.flat(), labels.reshape(-1)
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
         hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
-        return None, kernels.row_stats(logits_of(hidden, layer, bend), label, entropy)
+        x = logits_of(hidden, layer)
+        return None, kernels.row_stats(x, label, entropy, **readout.keywords)
 
     _, stats = backwards(body, None, flat.shape[0], chunk)
     return jax.tree.map(lambda x: x.reshape(labels.shape), stats)
@@ -213,7 +198,7 @@ def row_stats(
 def row_grad(
     kernels: ModuleType,
     layer: Layer,
-    bend: Bend,
+    readout: Readout,
     chunk: int,
     accumulate: str,
     *vectors: jax.Array | None,
@@ -232,9 +217,8 @@ def row_grad(
         )
 
         def work(sums: Sums) -> tuple[Sums, jax.Array]:
-            q = logits_of(hidden, flat_layer, bend)
-            dq = kernels.row_grad(q, *seen)
-            return sums.add(bend.back(dq, q), hidden, flat_layer)
+            dx = kernels.row_grad(logits_of(hidden, flat_layer), *seen, **readout.keywords)
+            return sums.add(dx, hidden, flat_layer)
 
         wanted = jnp.any((seen[3] != 0) | (seen[4] != 0) | (seen[5] != 0))
         made: tuple[Sums, jax.Array] = lax.cond(

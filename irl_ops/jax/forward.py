@@ -33,10 +33,11 @@ def _run(
     rows = rows_of(labels, logits.shape[-1], call.sequence)
     loss, heads = objective(rows, call, dtype), heads_of(call.heads, dtype)
     if call.weighting.reduction != "none":
-        made = Static(heads.detach_next, call.metrics, call.inplace, call.backend)
+        made = Static(heads.detach_next, call.metrics, call.inplace, call.backend, call.readout)
         return scalar_loss(made, logits, (heads.values, heads.next_values), rows, loss)
 
-    stats = statistics(logits, rows, loss.entropy_coef is not None, call.backend)
+    with_entropy = loss.entropy_coef is not None
+    stats = statistics(logits, rows, with_entropy, call.backend, call.readout)
     step = transition(rows, stats, loss.gamma, heads)
     per_row = algebra.row_losses(jnp, loss, stats, step)
     if not call.metrics:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from irl_ops import algebra, terms
 from irl_ops.call import read_loss, read_stats
 from irl_ops.jax.arguments import Array
-from irl_ops.jax.chunks import Bend, Layer
+from irl_ops.jax.chunks import Layer
 from irl_ops.jax.forward import Loss
 from irl_ops.jax.linear_arguments import arguments
 from irl_ops.jax.linear_loss import Form, linear_loss, statistics
@@ -257,11 +257,11 @@ def linear_token_stats(
         >>> stats = linear_token_stats(hidden, weight, jnp.zeros((2, 8), int), chunk_size=4)
     """
     given = dict(options)
-    layer, bend, form, logits = arguments.layer(hidden, weight, given)
+    layer, form, logits = arguments.layer(hidden, weight, given)
     call = read_stats("linear_token_stats", LinearStatsOptions, arguments, logits, labels, given)
     static, traced = part(call, layer.hidden)
-    form = form._replace(backend=static.backend)
-    stats: TokenStats = _run_stats(form, static, layer, labels, traced, bend)
+    form = form._replace(backend=static.backend, readout=call.readout)
+    stats: TokenStats = _run_stats(form, static, layer, labels, traced)
     return stats
 
 
@@ -276,30 +276,32 @@ def _loss(
     return_metrics: bool,
     is_expert: Any = None,
 ) -> Loss:
-    layer, bend, form, logits = arguments.layer(hidden, weight, given)
+    layer, form, logits = arguments.layer(hidden, weight, given)
     call = read_loss(
         caller, group, arguments, terms_of, logits, labels, given, return_metrics, is_expert
     )
     static, traced = part(call, layer.hidden)
     form = form._replace(
-        backend=static.backend, detach_next=call.heads.detach_next, metrics=call.metrics
+        backend=static.backend,
+        readout=call.readout,
+        detach_next=call.heads.detach_next,
+        metrics=call.metrics,
     )
-    total, metrics = _run(form, static, layer, labels, traced, bend)
+    total, metrics = _run(form, static, layer, labels, traced)
     return (total, metrics) if call.metrics else total
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
-    form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any, bend: Bend
+    form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     call, dtype = join(static, traced), computed_in(layer.hidden)
     rows = rows_of(labels, layer.weight.shape[0], call.sequence)
     loss, heads = objective(rows, call, dtype), heads_of(call.heads, dtype)
-    bend = jax.tree.map(lambda x: jnp.asarray(x, dtype), bend)
     if call.weighting.reduction != "none":
-        return linear_loss(form, layer, (heads.values, heads.next_values), rows, loss, bend)
+        return linear_loss(form, layer, (heads.values, heads.next_values), rows, loss)
 
-    stats = statistics(form, loss.entropy_coef is not None, layer, rows, bend)
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows)
     step = transition(rows, stats, loss.gamma, heads)
     per_row = algebra.row_losses(jnp, loss, stats, step)
     if not call.metrics:
@@ -309,13 +311,10 @@ def _run(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_stats(
-    form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any, bend: Bend
-) -> TokenStats:
+def _run_stats(form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any) -> TokenStats:
     call, dtype = join(static, traced), computed_in(layer.hidden)
     rows = rows_of(labels, layer.weight.shape[0], call.sequence)
-    bend = jax.tree.map(lambda x: jnp.asarray(x, dtype), bend)
-    stats = statistics(form, call.entropy, layer, rows, bend)
+    stats = statistics(form, call.entropy, layer, rows)
     step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
     return TokenStats(
         step.value,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from irl_ops.jax.arguments import JaxArguments
-from irl_ops.jax.chunks import Bend, Layer
+from irl_ops.jax.chunks import Layer
 from irl_ops.jax.linear_loss import Form
 from irl_ops.options import LAYER
 
@@ -19,7 +19,6 @@ class Given(NamedTuple):
     """The layer of one call, checked."""
 
     layer: Layer
-    bend: Bend
     form: Form
     logits: Any  # their shape and dtype
 
@@ -38,9 +37,7 @@ class LinearArguments(JaxArguments):
 
     def layer(self, hidden: Any, weight: Any, options: dict[str, Any]) -> Given:
         """The layer; takes its options out of the others."""
-        bias, chunk, accumulate, scale, softcap = (
-            options.pop(name, default) for name, default in LAYER.items()
-        )
+        bias, chunk, accumulate = (options.pop(name, default) for name, default in LAYER.items())
         self._check_array("hidden", hidden, self.floats)
         self._check_array("weight", weight, (hidden.dtype,))
         if hidden.ndim < 2 or 0 in hidden.shape:
@@ -66,15 +63,9 @@ class LinearArguments(JaxArguments):
             raise ValueError(f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', None")
         logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], weight.shape[0]), hidden.dtype)  # type: ignore[no-untyped-call]
         self.check_wide("hidden", hidden)
-        scale = self.number("logit_scale", scale, hidden, -float("inf"), float("inf"))
-        if softcap is not None:
-            softcap = self.number("softcap", softcap, hidden, 0.0, float("inf"))
-            if isinstance(softcap, int | float) and softcap == 0:
-                raise ValueError("softcap is 0; accepted: a number above 0, None")
-        bend = Bend(None if isinstance(scale, int | float) and scale == 1 else scale, softcap)
         rows = math.prod(hidden.shape[:-1])
         form = Form(min(chunk or CHUNK, rows), accumulate or "float32", "auto")
-        return Given(Layer(hidden, weight, bias), bend, form, logits)
+        return Given(Layer(hidden, weight, bias), form, logits)
 
 
 arguments = LinearArguments()

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from irl_ops import algebra
 from irl_ops.jax import chunks
 from irl_ops.jax.backends import BACKENDS, dispatch
-from irl_ops.jax.chunks import Bend, Layer, Linear, Sums
+from irl_ops.jax.chunks import Layer, Linear, Sums
 from irl_ops.jax.rows import RowStats, once, row_coefficients
 from irl_ops.jax.scalar_loss import Given, Metrics, transition
+from irl_ops.readout import PLAIN, Readout
 
 
 class Form(NamedTuple):
@@ -22,57 +23,58 @@ class Form(NamedTuple):
     chunk: int
     accumulate: str
     backend: str
+    readout: Readout = PLAIN
     detach_next: bool = False
     metrics: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def row_stats(form: Form, entropy: bool, layer: Layer, labels: jax.Array, bend: Bend) -> RowStats:
+def row_stats(form: Form, entropy: bool, layer: Layer, labels: jax.Array) -> RowStats:
     """``(row_max, logsum, label_logit, entropy)``; as ``irl_ops.jax.rows.row_stats``."""
 
     def by(name: str) -> Any:
-        def run(layer: Layer, labels: jax.Array, bend: Bend) -> Any:
-            return chunks.row_stats(BACKENDS[name], layer, labels, bend, form.chunk, entropy)
+        def run(layer: Layer, labels: jax.Array) -> Any:
+            kernels = BACKENDS[name]
+            return chunks.row_stats(kernels, layer, labels, form.readout, form.chunk, entropy)
 
         return run
 
-    stats: RowStats = dispatch(form.backend, by, layer, labels, bend)
+    stats: RowStats = dispatch(form.backend, by, layer, labels)
     return stats
 
 
 def _stats_forward(
-    form: Form, entropy: bool, layer: Layer, labels: jax.Array, bend: Bend
+    form: Form, entropy: bool, layer: Layer, labels: jax.Array
 ) -> tuple[RowStats, Any]:
     layer = jax.tree.map(once, layer)
-    stats = row_stats(form, entropy, layer, labels, bend)
-    return stats, (layer, labels, bend, stats)
+    stats = row_stats(form, entropy, layer, labels)
+    return stats, (layer, labels, stats)
 
 
 def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tuple[Any, ...]:
-    layer, labels, bend, (row_max, logsum, _, h) = kept
+    layer, labels, (row_max, logsum, _, h) = kept
     _, dlogsum, dlabel_logit, dh = above
     vectors = labels, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
 
     def by(name: str) -> Any:
-        def run(layer: Layer, bend: Bend, *vectors: jax.Array) -> Any:
+        def run(layer: Layer, *vectors: jax.Array) -> Any:
+            kernels = BACKENDS[name]
             return chunks.row_grad(
-                BACKENDS[name], layer, bend, form.chunk, form.accumulate, *vectors
+                kernels, layer, form.readout, form.chunk, form.accumulate, *vectors
             )
 
         return run
 
-    dhidden, sums = dispatch(form.backend, by, layer, bend, *vectors)
-    return _layer(dhidden, sums, 1.0), None, None
+    dhidden, sums = dispatch(form.backend, by, layer, *vectors)
+    return _layer(dhidden, sums, 1.0), None
 
 
 row_stats.defvjp(_stats_forward, _stats_backward)
 
 
-def statistics(
-    form: Form, entropy: bool, layer: Layer, rows: algebra.Rows, bend: Bend
-) -> algebra.Statistics:
+def statistics(form: Form, entropy: bool, layer: Layer, rows: algebra.Rows) -> algebra.Statistics:
     """Row statistics, differentiable."""
-    return algebra.statistics(jnp, rows.labels, *row_stats(form, entropy, layer, rows.labels, bend))
+    return algebra.statistics(jnp, rows.labels, *row_stats(form, entropy, layer, rows.labels))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,10 +84,9 @@ def linear_loss(
     given: Given,
     rows: algebra.Rows,
     loss: algebra.Objective,
-    bend: Bend,
 ) -> tuple[jax.Array, Metrics]:
     """The summed loss, differentiable by layer and values, and the metrics, which are constants."""
-    stats = statistics(form, loss.entropy_coef is not None, layer, rows, bend)
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows)
     step = transition(rows, stats, loss.gamma, algebra.Heads(*given, form.detach_next))
     total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     metrics = algebra.metrics(jnp, rows.kind, loss, stats, step) if form.metrics else None
@@ -107,7 +108,6 @@ def _forward(
     given: Given,
     rows: algebra.Rows,
     loss: algebra.Objective,
-    bend: Bend,
 ) -> tuple[tuple[jax.Array, Metrics], Kept]:
     layer = jax.tree.map(once, layer)
     half = layer.hidden.dtype == jnp.float16
@@ -120,10 +120,8 @@ def _forward(
         loss = loss._replace(mle=loss.mle / unit, td=td)
 
     def by(name: str) -> Any:
-        def run(
-            layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective, bend: Bend
-        ) -> Any:
-            over = Linear(BACKENDS[name], layer, bend, form.chunk, form.accumulate)
+        def run(layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective) -> Any:
+            over = Linear(BACKENDS[name], layer, form.readout, form.chunk, form.accumulate)
             heads = algebra.Heads(*given, form.detach_next)
             out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
             metrics = out.metrics if form.metrics else None
@@ -131,7 +129,7 @@ def _forward(
 
         return run
 
-    total, metrics, *gradients = dispatch(form.backend, by, layer, given, rows, loss, bend)
+    total, metrics, *gradients = dispatch(form.backend, by, layer, given, rows, loss)
     return (total * unit if half else total, metrics), Kept(*gradients, unit)  # type: ignore[call-arg]
 
 
@@ -139,7 +137,7 @@ def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple
     factor = above[0] * kept.unit
     dlayer = _layer(kept.dhidden, kept.sums, factor)
     heads = tuple(None if x is None else factor * x for x in kept.heads)
-    return dlayer, heads, None, None, None
+    return dlayer, heads, None, None
 
 
 linear_loss.defvjp(_forward, _backward)

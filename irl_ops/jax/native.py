@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from irl_ops.jax import private
 from irl_ops.jax.operation import Function, array_like, operation, vector_like
@@ -46,26 +47,28 @@ def unavailable(platform: str) -> str | None:
 # --- What an operation becomes: a call from XLA, or a call through Python ---
 
 
-def _run_row_stats(q: jax.Array, labels: jax.Array, entropy: bool = False) -> Any:
-    return _call("row_stats", [vector_like(q)] * (4 if entropy else 3), q, labels)
+def _run_row_stats(q: jax.Array, labels: jax.Array, entropy: bool = False, **readout: Any) -> Any:
+    return _call("row_stats", [vector_like(q)] * (4 if entropy else 3), q, labels, **readout)
 
 
-def _run_row_grad(q: jax.Array, *vectors: jax.Array) -> Any:
-    return _call("row_grad", [array_like(q)], q, *vectors, aliases={0: 0})[0]
+def _run_row_grad(q: jax.Array, *vectors: jax.Array, **readout: Any) -> Any:
+    return _call("row_grad", [array_like(q)], q, *vectors, aliases={0: 0}, **readout)[0]
 
 
-def _run_row_stats_grad(q: jax.Array, *coefficients: jax.Array) -> Any:
+def _run_row_stats_grad(q: jax.Array, *coefficients: jax.Array, **readout: Any) -> Any:
     out = [vector_like(q)] * 2 + [array_like(q)] + [vector_like(q)] * (len(coefficients) - 2)
-    row_max, logsum, dlogits, *h = _call("row_stats_grad", out, q, *coefficients, aliases={0: 2})
+    row_max, logsum, dlogits, *h = _call(
+        "row_stats_grad", out, q, *coefficients, aliases={0: 2}, **readout
+    )
     return row_max, logsum, *h, dlogits
 
 
-def _run_label_logit(q: jax.Array, labels: jax.Array) -> Any:
-    return _call("label_logit", [vector_like(q)], q, labels)[0]
+def _run_label_logit(q: jax.Array, labels: jax.Array, **readout: Any) -> Any:
+    return _call("label_logit", [vector_like(q)], q, labels, **readout)[0]
 
 
-def _run_set_label(y: jax.Array, labels: jax.Array, elements: jax.Array) -> Any:
-    return _call("set_label", [array_like(y)], y, labels, elements, aliases={0: 0})[0]
+def _run_set_label(y: jax.Array, *vectors: jax.Array, **readout: Any) -> Any:
+    return _call("set_label", [array_like(y)], y, *vectors, aliases={0: 0}, **readout)[0]
 
 
 def _call(
@@ -74,13 +77,15 @@ def _call(
     q: jax.Array,
     *given: jax.Array,
     aliases: dict[int, int] | None = None,
+    **readout: Any,
 ) -> tuple[jax.Array, ...]:
+    numbers = {key: np.float32(x or 0.0) for key, x in readout.items()}  # 0: no soft cap
     if called_by_xla():
         target = jax.ffi.ffi_call(f"irl_ops_{name}", out, input_output_aliases=aliases)
-        return tuple(target(q, *given))
+        return tuple(target(q, *given, **numbers))
     from irl_ops.jax.callback import through_python
 
-    return through_python(name, out, q, *given)
+    return through_python(name, out, q, *given, **numbers)
 
 
 @functools.cache

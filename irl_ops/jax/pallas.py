@@ -43,10 +43,10 @@ def unavailable(platform: str) -> str | None:
 
 
 def row_stats(
-    logits: jax.Array, labels: jax.Array, entropy: bool = False
+    logits: jax.Array, labels: jax.Array, entropy: bool = False, **readout: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """``(row_max, logsum, label_logit, entropy)``; see ``irl_ops.kernels.reference``."""
-    row_max, logsum, picked, h = _row_stats(_widened(logits), labels, entropy)
+    row_max, logsum, picked, h = _row_stats(_widened(logits), labels, entropy, **readout)
     return row_max, logsum, picked, h
 
 
@@ -58,6 +58,7 @@ def row_grad(
     a: jax.Array,
     b: jax.Array | None,
     c: jax.Array,
+    **readout: Any,
 ) -> jax.Array:
     """``p_j (A + B log p_j) + C 1{j = label}``: by XLA where it fuses that into its readers.
 
@@ -67,30 +68,42 @@ def row_grad(
     for B is 0, and costs less than an array of zeros.
     """
     vectors = (labels, row_max, logsum, a, c, b)
-    narrowed: jax.Array = _row_grad(_widened(logits), *vectors).astype(logits.dtype)
-    return narrowed
+    made: jax.Array = _row_grad(_widened(logits), *vectors, **readout)
+    return made.astype(logits.dtype)
 
 
 def row_stats_grad(
-    logits: jax.Array, alpha: jax.Array, beta: jax.Array, entropy_weight: jax.Array | None = None
+    logits: jax.Array,
+    alpha: jax.Array,
+    beta: jax.Array,
+    entropy_weight: jax.Array | None = None,
+    **readout: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """``(row_max, logsum, entropy, dlogits)`` in one read and one write."""
-    row_max, logsum, h, dlogits = _row_stats_grad(_widened(logits), alpha, beta, entropy_weight)
+    row_max, logsum, h, dlogits = _row_stats_grad(
+        _widened(logits), alpha, beta, entropy_weight, **readout
+    )
     return row_max, logsum, h, dlogits.astype(logits.dtype)
 
 
-def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def label_logit(logits: jax.Array, labels: jax.Array, **readout: Any) -> jax.Array:
     """``q[label]``: reads one tile per row where the logits consist of whole tiles."""
     pick = _label_logit if in_whole_tiles(logits.shape) else reference.label_logit
-    picked: jax.Array = pick(_widened(logits), labels)
+    picked: jax.Array = pick(_widened(logits), labels, **readout)
     return picked
 
 
-def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
+def set_label(
+    dlogits: jax.Array,
+    labels: jax.Array,
+    elements: jax.Array,
+    label_logit: jax.Array | None = None,
+    **readout: Any,
+) -> jax.Array:
     """The gradient with the elements at the labels replaced, in its own storage, likewise."""
     tiled = in_whole_tiles(dlogits.shape) and dlogits.dtype != jnp.float16
     replace = _set_label if tiled else reference.set_label
-    replaced: jax.Array = replace(dlogits, labels, elements)
+    replaced: jax.Array = replace(dlogits, labels, elements, label_logit, **readout)
     return replaced
 
 
@@ -132,10 +145,7 @@ def _row_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Function | 
     if dtype in of.gradient_in_xla and not interpret:
         return None
 
-    def run(q: Any, labels: Any, row_max: Any, logsum: Any, a: Any, c: Any, b: Any = None) -> Any:
-        return row_grad(q, labels, row_max, logsum, a, b, c, of=of, interpret=interpret)
-
-    return run
+    return functools.partial(_b_last, functools.partial(row_grad, of=of, interpret=interpret))
 
 
 def _row_grad_in_xla(
@@ -146,11 +156,27 @@ def _row_grad_in_xla(
     a: jax.Array,
     c: jax.Array,
     b: jax.Array | None = None,
+    **readout: Any,
 ) -> jax.Array:
-    """B last: an operation's arguments that are None are left out."""
     from irl_ops.kernels.pallas.row_grad import row_grad_in_xla
 
-    return row_grad_in_xla(logits, labels, row_max, logsum, a, b, c)
+    made: jax.Array = _b_last(row_grad_in_xla, logits, labels, row_max, logsum, a, c, b, **readout)
+    return made
+
+
+def _b_last(
+    row_grad: Function,
+    q: Any,
+    labels: Any,
+    row_max: Any,
+    logsum: Any,
+    a: Any,
+    c: Any,
+    b: Any = None,
+    **readout: Any,
+) -> Any:
+    """B last: an operation's arguments that are None are left out."""
+    return row_grad(q, labels, row_max, logsum, a, b, c, **readout)
 
 
 def _row_stats_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Function:

@@ -13,7 +13,7 @@ from irl_ops.jax.rows import constant
 
 STATIC = {
     "ignore_index", "shift", "eos_token_id", "boundary", "reduction", "detach_next",
-    "entropy", "metrics", "inplace", "backend",
+    "entropy", "metrics", "inplace", "backend", "readout",
 }  # fmt: skip
 """The options that a program is made for; all others are arrays, or numbers that it takes."""
 

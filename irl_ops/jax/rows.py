@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from irl_ops.jax.backends import BACKENDS, dispatch
+from irl_ops.readout import Readout
 
 RowStats = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def row_stats(logits: jax.Array, labels: jax.Array, entropy: bool, backend: str) -> RowStats:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def row_stats(
+    logits: jax.Array, labels: jax.Array, entropy: bool, backend: str, readout: Readout
+) -> RowStats:
     """``(row_max, logsum, label_logit, entropy)`` of every row; see ``irl_ops.kernels.reference``.
 
     ``row_max`` counts as a constant: whatever is computed from it has to depend on the sum
@@ -22,49 +25,51 @@ def row_stats(logits: jax.Array, labels: jax.Array, entropy: bool, backend: str)
     """
 
     def by(name: str) -> Any:
-        return functools.partial(BACKENDS[name].row_stats, entropy=entropy)
+        return functools.partial(BACKENDS[name].row_stats, entropy=entropy, **readout.keywords)
 
     stats: RowStats = dispatch(backend, by, logits, labels)
     return stats
 
 
 def _forward(
-    logits: jax.Array, labels: jax.Array, entropy: bool, backend: str
+    logits: jax.Array, labels: jax.Array, entropy: bool, backend: str, readout: Readout
 ) -> tuple[RowStats, Any]:
     logits = once(logits)
-    row_max, logsum, label_logit, h = row_stats(logits, labels, entropy, backend)
+    row_max, logsum, label_logit, h = row_stats(logits, labels, entropy, backend, readout)
     return (row_max, logsum, label_logit, h), (logits, labels, row_max, logsum, h)
 
 
 def _backward(
-    entropy: bool, backend: str, saved: Any, above: RowStats
+    entropy: bool, backend: str, readout: Readout, saved: Any, above: RowStats
 ) -> tuple[jax.Array | None, None]:
     logits, labels, row_max, logsum, h = saved
     _, dlogsum, dlabel_logit, dh = above
     coefficients = row_coefficients(h, dlogsum, dlabel_logit, dh)
-    return row_grad(backend, logits, labels, row_max, logsum, *coefficients), None
+    return row_grad(backend, readout, logits, labels, row_max, logsum, *coefficients), None
 
 
 row_stats.defvjp(_forward, _backward)
 
 
-def row_grad(backend: str, *arrays: jax.Array | None) -> jax.Array:
+def row_grad(backend: str, readout: Readout, *arrays: jax.Array | None) -> jax.Array:
     """``p_j (A + B log p_j) + C 1{j = label}`` of (logits, labels, row_max, logsum, a, b, c).
 
     None for B is 0.
     """
-    gradient: jax.Array = dispatch(backend, row_grad_of, *arrays)
+    by = functools.partial(row_grad_of, readout=readout)
+    gradient: jax.Array = dispatch(backend, by, *arrays)
     return gradient
 
 
-def row_grad_of(name: str) -> Any:
+def row_grad_of(name: str, readout: Readout) -> Any:
     """``row_grad`` of the backend of that name, which may be given None for B."""
+    made = functools.partial(BACKENDS[name].row_grad, **readout.keywords)
     if name == "pallas":  # takes None: a term of zeros makes XLA store dlogits on v7x
-        return BACKENDS[name].row_grad
+        return made
 
     def run(*arrays: Any) -> Any:
         *others, a, b, c = arrays
-        return BACKENDS[name].row_grad(*others, a, jnp.zeros_like(a) if b is None else b, c)
+        return made(*others, a, jnp.zeros_like(a) if b is None else b, c)
 
     return run
 

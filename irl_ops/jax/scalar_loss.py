@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from irl_ops import algebra
 from irl_ops.jax import rows as differentiable
 from irl_ops.jax.backends import BACKENDS, dispatch
+from irl_ops.readout import Readout
 
 AT_ONCE = ("triton", "native")
 
@@ -30,6 +31,7 @@ class Static(NamedTuple):
     metrics: bool
     inplace: bool
     backend: str
+    readout: Readout
 
     def at_once(self, name: str, dtype: Any) -> bool:
         """Whether the backend of that name computes the gradient in the forward pass.
@@ -69,7 +71,8 @@ def scalar_loss(
     loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics]:
     """The loss, differentiable by logits and values, and the metrics, which are constants."""
-    stats = statistics(logits, rows, loss.entropy_coef is not None, static.backend)
+    with_entropy = loss.entropy_coef is not None
+    stats = statistics(logits, rows, with_entropy, static.backend, static.readout)
     step = transition(rows, stats, loss.gamma, static.heads(given))
     total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     return total, _metrics(static, rows, loss, stats, step)
@@ -99,7 +102,7 @@ def _at_once(
     rows: algebra.Rows,
     loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics, Kept]:
-    over = Dense(BACKENDS[name], logits)
+    over = Dense(BACKENDS[name], logits, static.readout)
     out = algebra.loss_and_grad(jnp, over, rows, loss, static.heads(given))
     nothing = jnp.zeros_like(out.done.stats.value)
     unused = (nothing, None if loss.entropy_coef is None else nothing, nothing)
@@ -116,12 +119,12 @@ class Dense:
     optimization barrier would not: XLA removes barriers before it orders the steps.
     """
 
-    def __init__(self, kernels: ModuleType, logits: jax.Array) -> None:
-        self.kernels, self.logits = kernels, logits
+    def __init__(self, kernels: ModuleType, logits: jax.Array, readout: Readout) -> None:
+        self.kernels, self.logits, self.readout = kernels, logits, readout.keywords
 
     def label_logit(self, labels: jax.Array) -> jax.Array:
         """``q[label]``, also kept for ``stats_grad``."""
-        picked: jax.Array = self.kernels.label_logit(self.logits, labels)
+        picked: jax.Array = self.kernels.label_logit(self.logits, labels, **self.readout)
         self.picked = picked
         return picked
 
@@ -131,9 +134,12 @@ class Dense:
         """The gradient and the finished rows; all rows are one window."""
         zeros = 0.0 * jnp.where(jnp.isfinite(self.picked), self.picked, 0.0)
         given = given._replace(alpha=given.alpha + zeros)
-        row_max, logsum, entropy, dlogits = self.kernels.row_stats_grad(self.logits, *given)
+        row_max, logsum, entropy, dlogits = self.kernels.row_stats_grad(
+            self.logits, *given, **self.readout
+        )
         done = finish(lambda x: x, row_max, logsum, self.picked, entropy, 0.0)
-        return self.kernels.set_label(dlogits, labels, done.element), done
+        seen = self.picked if self.readout else None
+        return self.kernels.set_label(dlogits, labels, done.element, seen, **self.readout), done
 
 
 def _in_two_steps(
@@ -145,7 +151,9 @@ def _in_two_steps(
     loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics, Kept]:
     with_entropy = loss.entropy_coef is not None
-    row_max, logsum, label_logit, h = BACKENDS[name].row_stats(logits, rows.labels, with_entropy)
+    row_max, logsum, label_logit, h = BACKENDS[name].row_stats(
+        logits, rows.labels, with_entropy, **static.readout.keywords
+    )
 
     def of_statistics(
         logsum: jax.Array, label_logit: jax.Array, h: jax.Array | None, given: Given
@@ -168,7 +176,7 @@ def _backward(static: Static, kept: Kept, above: tuple[jax.Array, Metrics]) -> t
     def by(name: str) -> Any:
         if static.at_once(name, kept.dlogits.dtype):
             return lambda kept: (kept.dlogits * factor).astype(kept.dlogits.dtype)
-        return functools.partial(_row_grad, name, factor)
+        return functools.partial(_row_grad, static, name, factor)
 
     dlogits = dispatch(static.backend, by, kept)
     dvalues, dnext_values = (
@@ -177,9 +185,9 @@ def _backward(static: Static, kept: Kept, above: tuple[jax.Array, Metrics]) -> t
     return dlogits, (dvalues, dnext_values), None, None
 
 
-def _row_grad(name: str, factor: jax.Array, kept: Kept) -> jax.Array:
+def _row_grad(static: Static, name: str, factor: jax.Array, kept: Kept) -> jax.Array:
     scaled = [None if x is None else factor * x for x in kept.coefficients]
-    gradient: jax.Array = differentiable.row_grad_of(name)(
+    gradient: jax.Array = differentiable.row_grad_of(name, static.readout)(
         kept.dlogits, kept.labels, kept.row_max, kept.logsum, *scaled
     )
     return gradient
@@ -189,12 +197,11 @@ scalar_loss.defvjp(_forward, _backward)
 
 
 def statistics(
-    logits: jax.Array, rows: algebra.Rows, entropy: bool, backend: str
+    logits: jax.Array, rows: algebra.Rows, entropy: bool, backend: str, readout: Readout
 ) -> algebra.Statistics:
     """Row statistics from one read of the logits, differentiable."""
-    return algebra.statistics(
-        jnp, rows.labels, *differentiable.row_stats(logits, rows.labels, entropy, backend)
-    )
+    found = differentiable.row_stats(logits, rows.labels, entropy, backend, readout)
+    return algebra.statistics(jnp, rows.labels, *found)
 
 
 def transition(

@@ -90,7 +90,7 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
 def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> TokenStats:
     call, dtype = join(static, traced), computed_in(logits)
     rows = rows_of(labels, logits.shape[-1], call.sequence)
-    stats = statistics(logits, rows, call.entropy, call.backend)
+    stats = statistics(logits, rows, call.entropy, call.backend, call.readout)
     step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
     return TokenStats(
         step.value,

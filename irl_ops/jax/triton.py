@@ -45,16 +45,31 @@ def unavailable(platform: str) -> str | None:
     return private.missing()
 
 
-def label_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """``q[label]``, gathered: a GPU reads single elements."""
+def label_logit(logits: jax.Array, labels: jax.Array, **readout: Any) -> jax.Array:
+    """``q[label]``, gathered: a GPU reads single elements.
+
+    By the kernel where logits are bent, whose tanh the others' is.
+    """
+    if readout:
+        bent: jax.Array = _bent_label_logit(logits, labels, **readout)
+        return bent
     vocab = logits.shape[-1]
     inside = jnp.clip(labels, 0, vocab - 1)[..., None]
     picked = jnp.take_along_axis(logits, inside, -1)[..., 0].astype(jnp.float32)
     return jnp.where(labels < 0, 0.0, jnp.where(labels >= vocab, jnp.nan, picked))
 
 
-def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax.Array:
+def set_label(
+    dlogits: jax.Array,
+    labels: jax.Array,
+    elements: jax.Array,
+    label_logit: jax.Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> jax.Array:
     """The gradient with the elements at the labels replaced, scattered; others are dropped."""
+    elements = reference.through_cap(elements, label_logit, logit_scale, softcap)
     vocab = dlogits.shape[-1]
     rows = dlogits.reshape(-1, vocab)
     column = jnp.where(labels < 0, vocab, labels).reshape(-1)
@@ -69,14 +84,14 @@ def set_label(dlogits: jax.Array, labels: jax.Array, elements: jax.Array) -> jax
 def _row_stats_on(ctx: Any) -> Function:
     capability = _capability(ctx)
 
-    def run(q: jax.Array, labels: jax.Array, entropy: bool = False) -> Any:
+    def run(q: jax.Array, labels: jax.Array, entropy: bool = False, **readout: Any) -> Any:
         out = [vector_like(q)] * (4 if entropy else 3)
         launch = dict(dispatch.row_stats(q.shape[-1], _family(capability)).launch)
         if not entropy:
             launch["entropy"] = None
         return _call(
             ("row_stats", "row_stats"), capability, q, [labels, *_sizes(q), *_strides(q)], out,
-            grid=(_rows(q),), ENTROPY=entropy, EDGES=_edges(q), **launch,
+            grid=(_rows(q),), ENTROPY=entropy, EDGES=_edges(q), **launch, **readout,
         )  # fmt: skip
 
     return run
@@ -85,13 +100,13 @@ def _row_stats_on(ctx: Any) -> Function:
 def _row_grad_on(ctx: Any) -> Function:
     capability = _capability(ctx)
 
-    def run(q: jax.Array, *vectors: jax.Array) -> Any:
+    def run(q: jax.Array, *vectors: jax.Array, **readout: Any) -> Any:
         block = dispatch.row_grad(_family(capability))
         return _call(
             ("row_grad", "row_grad"), capability, q,
             [*vectors, *_sizes(q), *_strides(q), *_strides(q)], [array_like(q)],
             grid=(_rows(q), block.programs(q.shape[-1])), aliases={0: 0},
-            EDGES=_edges(q), MATCHED=True, **block.launch,
+            EDGES=_edges(q), MATCHED=True, **block.launch, **readout,
         )  # fmt: skip
 
     return run
@@ -100,10 +115,12 @@ def _row_grad_on(ctx: Any) -> Function:
 def _row_stats_grad_on(ctx: Any) -> Function:
     capability = _capability(ctx)
 
-    def run(q: jax.Array, alpha: jax.Array, beta: jax.Array, *weight: jax.Array) -> Any:
-        entropy = bool(weight)
+    def run(
+        q: jax.Array, alpha: jax.Array, beta: jax.Array, *weight: jax.Array, **readout: Any
+    ) -> Any:
+        entropy, capped = bool(weight), readout.get("softcap") is not None
         itemsize, of = q.dtype.itemsize, _family(capability)
-        form = dispatch.row_stats_grad(q.shape[-1], itemsize, entropy, of)
+        form = dispatch.row_stats_grad(q.shape[-1], itemsize, entropy, of, softcap=capped)
         name = "resident" if isinstance(form, dispatch.Resident) else "two_pass"
         # a vector of its own stands in for the entropy that is not computed: places have to match
         given = [alpha, beta, *(weight or (alpha,))]
@@ -112,9 +129,24 @@ def _row_stats_grad_on(ctx: Any) -> Function:
             [*given, *_sizes(q), *_strides(q), *_strides(q)],
             [*[vector_like(q)] * 3, array_like(q)],
             grid=(_rows(q),), aliases={0: 3},
-            ENTROPY=entropy, EDGES=_edges(q), MATCHED=True, **form.launch,
+            ENTROPY=entropy, EDGES=_edges(q), MATCHED=True, **form.launch, **readout,
         )  # fmt: skip
         return row_max, logsum, h if entropy else None, dlogits
+
+    return run
+
+
+def _label_logit_on(ctx: Any) -> Function:
+    capability = _capability(ctx)
+
+    def run(q: jax.Array, labels: jax.Array, **readout: Any) -> Any:
+        block = dispatch.LABELS
+        (picked,) = _call(
+            ("labels", "label_logit"), capability, q,
+            [labels, _rows(q), *_sizes(q), *_strides(q)], [vector_like(q)],
+            grid=(block.programs(_rows(q)),), **block.launch, **readout,
+        )  # fmt: skip
+        return picked
 
     return run
 
@@ -127,6 +159,8 @@ def _call(
     out: list[Any],
     grid: tuple[int, ...],
     aliases: dict[int, int] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     **launch: Any,
 ) -> tuple[jax.Array, ...]:
     import jax_triton
@@ -136,7 +170,7 @@ def _call(
     made: tuple[jax.Array, ...] = jax_triton.triton_call(
         q, *given, kernel=kernel, out_shape=tuple(out), grid=grid, name=f"irl_{function}",
         compute_capability=capability, input_output_aliases=aliases,
-        SCALE=1.0, SOFTCAP=0.0, **launch,  # jax-triton knows no defaults
+        SCALE=logit_scale, SOFTCAP=softcap or 0.0, **launch,  # jax-triton knows no defaults
     )  # fmt: skip
     return made
 
@@ -183,3 +217,4 @@ def _edges(q: jax.Array) -> bool:
 row_stats = operation(reference.row_stats, cuda=_row_stats_on)
 row_grad = operation(reference.row_grad, cuda=_row_grad_on)
 row_stats_grad = operation(reference.row_stats_grad, cuda=_row_stats_grad_on)
+_bent_label_logit = operation(reference.label_logit, cuda=_label_logit_on)

@@ -16,19 +16,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from irl_ops.kernels.pallas.softcap import Softcap
 from irl_ops.kernels.pallas.tiles import LANES, array_like
 
 # Places are rounded down to tiles by masks, x & -128: Pallas lowers // by the sign of its operands,
 # and asks the running device how.
 
 
-def label_logit(logits: jax.Array, labels: jax.Array, interpret: Any = False) -> jax.Array:
+def label_logit(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    interpret: Any = False,
+) -> jax.Array:
     """``q[label]`` in float32: 0 without a label, NaN for a bad one."""
     x = logits.reshape(-1, logits.shape[-1])
     y = _places(labels, x)
     block = _block(x)
     picked = pl.pallas_call(
-        functools.partial(_label_logit, block),
+        functools.partial(_label_logit, block, Softcap(logit_scale, softcap)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(x.shape[0] // block,),
@@ -45,9 +53,21 @@ def label_logit(logits: jax.Array, labels: jax.Array, interpret: Any = False) ->
 
 
 def set_label(
-    dlogits: jax.Array, labels: jax.Array, elements: jax.Array, interpret: Any = False
+    dlogits: jax.Array,
+    labels: jax.Array,
+    elements: jax.Array,
+    label_logit: jax.Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
-    """The gradient, in its own storage, with the elements at the labels replaced."""
+    """The gradient, in its own storage, with the elements at the labels replaced.
+
+    The elements are gradients in q; under a soft cap ``label_logit`` is q at the labels.
+    """
+    seen = elements if label_logit is None else label_logit
+    elements = Softcap(logit_scale, softcap).behind(elements.astype(jnp.float32), seen)
     x = dlogits.reshape(-1, dlogits.shape[-1])
     y = _places(labels, x)
     block = _block(x)
@@ -66,14 +86,16 @@ def set_label(
         cost_estimate=_cost(x, 2),
         interpret=interpret,
         name="irl_set_label",
-    )(y, y[:, None], elements.astype(jnp.float32).reshape(-1, 1), x)
+    )(y, y[:, None], elements.reshape(-1, 1), x)
     replaced: jax.Array = out.reshape(dlogits.shape)
     return replaced
 
 
-def _label_logit(block: int, places: Any, q: Any, picked: Any, tiles: Any, arrived: Any) -> None:
+def _label_logit(
+    block: int, cap: Softcap, places: Any, x: Any, picked: Any, tiles: Any, arrived: Any
+) -> None:
     first = pl.program_id(0) * block
-    _move(places, first, block, q, tiles, arrived, store=False)
+    _move(places, first, block, x, tiles, arrived, store=False)
     height = tiles.shape[1]
     row = lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
     lane = lax.broadcasted_iota(jnp.int32, (height, LANES), 1)
@@ -85,7 +107,7 @@ def _label_logit(block: int, places: Any, q: Any, picked: Any, tiles: Any, arriv
             place = places[first + begin + k]
             here = (row == k) & (lane == jnp.where(place < 0, -1, place & (LANES - 1)))
             found = jnp.where(here, tiles[begin + k].astype(jnp.float32), found)
-        picked[pl.ds(begin, height), :] = jnp.sum(found, axis=1, keepdims=True)
+        picked[pl.ds(begin, height), :] = cap.logits(jnp.sum(found, axis=1, keepdims=True))
 
     lax.fori_loop(0, block // height, group, None)
 

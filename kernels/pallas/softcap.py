@@ -1,6 +1,6 @@
 """``q = softcap tanh(logit_scale x / softcap)``: from what lies in memory to the logits of a row.
 
-x = ±inf becomes ±softcap, a number as any other. Without a cap -inf stays -inf.
+-inf stays -inf under a cap, so that what is masked gets no mass, and has the slope 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Softcap(NamedTuple):
     def logits(self, x: jax.Array) -> jax.Array:
         """q of a float32 x."""
         if self.softcap is not None:
-            return self.softcap * jnp.tanh(x * (self.logit_scale / self.softcap))
+            q = self.softcap * jnp.tanh(x * (self.logit_scale / self.softcap))
+            return jnp.where(x == -jnp.inf, x, q)
         return x if self.logit_scale == 1.0 else x * self.logit_scale
 
     def behind(self, gradient: jax.Array, q: jax.Array) -> jax.Array:
@@ -29,4 +30,4 @@ class Softcap(NamedTuple):
             return gradient if self.logit_scale == 1.0 else gradient * self.logit_scale
         tanh = q * (1.0 / self.softcap)
         slope = self.logit_scale * (1.0 - tanh * tanh)
-        return jnp.where(gradient == 0.0, 0.0, gradient * slope)
+        return jnp.where((gradient == 0.0) | (q == -jnp.inf), 0.0, gradient * slope)
