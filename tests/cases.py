@@ -121,7 +121,7 @@ def cases(
     names: tuple[str, ...] = LOSSES,
     garbage: bool = True,
     z_loss: bool = True,
-    readout: bool = False,  # logit_scale and softcap
+    readout: bool = True,  # logit_scale and softcap, in a third of the batches
 ) -> Case:
     name, vocab = draw(st.sampled_from(names)), draw(st.sampled_from(VOCABS))
     lead, length = draw(st.sampled_from([(2,), (), (2, 3)])), draw(st.sampled_from([3, 5, 2, 8, 4]))
@@ -136,9 +136,9 @@ def cases(
     options["entropy_coef"] = number(draw, 0.0, 0.0, 0.3, -0.1)
     if z_loss:
         options["z_loss"] = number(draw, 0.0, 0.0, 1e-4, 0.2)
-    if readout:
-        options["logit_scale"] = draw(st.sampled_from([1.0, 0.125, 2.5]))
-        options["softcap"] = draw(st.sampled_from([None, 30.0, 2.0]))
+    if readout and rarely(draw, 3):
+        options["logit_scale"] = number(draw, 1.0, 0.125, 2.5)
+        options["softcap"] = draw(st.sampled_from([None, 30.0, 2.0, torch.tensor(2.0)]))
     if name != "mle_loss":
         options["lam"] = number(draw, 0.1, 1.5, zero=15)
         options["gamma"] = number(draw, 0.9, 1.0, 0.5, zero=15)
@@ -164,8 +164,7 @@ def cases(
     dtype = draw(st.sampled_from([torch.float32, torch.float32, *DTYPES]))
     offset, scale = draw(st.sampled_from([(0.0, 1.0), (0.0, 6.0), (1e4, 1.0), (-1e4, 1.0)]))
     logits = offset + scale * torch.randn((*shape, vocab), generator=generator)
-    # a softcap makes a number of -inf
-    if options.get("softcap") is None and draw(st.booleans()):
+    if draw(st.booleans()):
         hide(logits, labels, generator)
     if garbage and draw(st.booleans()):
         spoil(name, logits, labels, options, draw(st.sampled_from([math.nan, math.inf])))
@@ -257,10 +256,8 @@ def tolerance(case: Case) -> Outcome:
             m, d = abs(row.m), abs(row.d)
             bonus = kappa * (1 + 2 * log_vocab)
             v = naive.logsumexp(logits[t]).item()
-            # logits that are scaled or capped are rounded first, so that log p is off by as much
-            reach = 0.0
-            if options.get("softcap") is not None or options.get("logit_scale", 1.0) != 1.0:
-                reach = logits[t].nan_to_num(0, 0, 0).abs().max().item()
+            # bent logits are rounded first, so that log p is off by as much
+            reach = logits[t].nan_to_num(0, 0, 0).abs().max().item() if bent(options) else 0.0
             size, delta, surprise = 0.0, 0.0, 0.0
             if d:
                 size = abs(logits[t, row.label].item()) + gamma * abs(row.next_value.item())
@@ -302,6 +299,41 @@ def read_slope(x: Tensor, options: dict[str, Any]) -> Tensor:
     if cap is None:
         return torch.full_like(x, scale)
     return scale * (1 - torch.tanh(scale * x / float(cap)) ** 2)
+
+
+def bent(options: dict[str, Any]) -> bool:
+    """Whether logits are scaled or soft-capped."""
+    return options.get("softcap") is not None or bool(options.get("logit_scale", 1.0) != 1.0)
+
+
+def slack(case: Case) -> float:
+    """What multiplies the error of a row's gradient where its logits are bent, and rounded so."""
+    if not bent(case.options):
+        return 1.0
+    q = naive.readout(case.logits.double(), case.options)
+    reach = q.nan_to_num(0, 0, 0).abs().max().item()
+    return float(case.options.get("logit_scale", 1.0)) * (1 + reach)
+
+
+def undecided(case: Case) -> Tensor:
+    """Of every row, whether float32 may take its label's logit for the largest, or not.
+
+    Logits that were apart may be one number once they are scaled or capped and rounded.
+    """
+    batch = naive.rows_of(case.logits.double(), case.labels, case.options)
+    if not bent(case.options):
+        return torch.zeros(case.labels.shape, dtype=torch.bool)
+    q = naive.readout(case.logits.double(), case.options).reshape(-1, case.logits.shape[-1])
+    q = q.nan_to_num(neginf=torch.finfo(q.dtype).min)
+    near = []
+    for row, logits in zip((row for sequence in batch for row in sequence), q, strict=True):
+        if row.label is None:
+            near.append(False)
+            continue
+        others = torch.cat([logits[: row.label], logits[row.label + 1 :]])
+        apart = (logits[row.label] - others).abs().min().item() if len(others) else math.inf
+        near.append(apart <= EPS * logits[row.label].abs().item())
+    return torch.tensor(near).reshape(case.labels.shape)
 
 
 def magnitude(case: Case) -> float:

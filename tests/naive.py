@@ -45,10 +45,14 @@ def entropy(q: Tensor) -> Tensor:
 
 
 def readout(x: Tensor, options: dict[str, Any]) -> Tensor:
-    """The Q-values of logits that are scaled and soft-capped."""
+    """The Q-values of logits that are scaled and soft-capped; -inf stays -inf."""
     scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
     q = x * float(scale)
-    return q if cap is None else float(cap) * torch.tanh(q / float(cap))
+    return (
+        q
+        if cap is None
+        else torch.where(x == -math.inf, x, float(cap) * torch.tanh(q / float(cap)))
+    )
 
 
 def joins(t: int, packing: dict[str, Any], b: int, length: int) -> bool:

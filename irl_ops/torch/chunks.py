@@ -49,9 +49,9 @@ class Linear:
             or [hidden.new_empty(0, dtype=dtype)]
         )
         picked = picked if bias is None else picked + bias[safe].to(dtype)
-        picked = reference.capped(picked, self.layer.scale, self.layer.softcap)
-        picked = picked.where(labels != NO_LABEL, 0.0)
-        return picked.where(labels < weight.shape[0], math.nan)
+        q: Tensor = reference.capped(picked, self.layer.scale, self.layer.softcap)
+        q = q.where(labels != NO_LABEL, 0.0)
+        return q.where(labels < weight.shape[0], math.nan)
 
     def stats_grad(self, labels: Tensor, given: Coefficients, finish: Any) -> tuple[None, Finished]:
         """The gradients are left in ``dhidden``, ``dweight`` and ``dbias``."""

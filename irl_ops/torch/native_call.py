@@ -93,7 +93,7 @@ class Fields:
         self.call.detach_next = given.detach_next
 
 
-def readout_of(call: Call | StatsCall) -> dict[str, float]:
+def readout_of(call: Call | StatsCall) -> dict[str, Any]:
     """How logits become Q-values, 0 standing for no soft cap."""
     scale, cap = call.readout
     return {"logit_scale": scale, "softcap": cap or 0.0}
