@@ -89,6 +89,16 @@ CASES = {
         "online_iqlearn_loss", TWO, is_expert=EXPERT, alpha=0.3, values=heads(1, 2)
     ),
 }
+MASKED = ((1, 2, 4, 5), (5, 4, 2, 1))  # no label is a multiple of 3
+
+
+def masked(**options: Any) -> Case:
+    """Every third column is -inf."""
+    made = case(labels=MASKED, entropy_coef=0.3, **options)
+    made.leaf[..., ::3] = -math.inf
+    return made
+
+
 CASES["weights, int32 labels"].labels = CASES["weights, int32 labels"].labels.int()
 
 _transposed = case(labels=TWO)  # the same batch, whose labels lie column by column
@@ -100,10 +110,10 @@ _wide.leaf = _wide.leaf.movedim(0, 1).contiguous()
 _wide.view = LAYOUTS["[T, B, V]"][1]
 CASES["logits by position"] = _wide
 
-_masked = case(labels=TWO, entropy_coef=0.3)
-_masked.leaf[..., ::3] = -math.inf
-_masked.labels = torch.tensor(((1, 2, 4, 5), (5, 4, 2, 1)))
-CASES["masked columns"] = _masked
+CASES["masked columns"] = masked()
+CASES["scaled"] = masked(logit_scale=2.5)
+CASES["capped"] = masked(softcap=torch.tensor(2.0))
+CASES["scaled and capped"] = masked(logit_scale=0.5, softcap=3.0)
 
 _garbage = case(labels=((1, 2, -100, 3),))
 _garbage.leaf[:, 2] = math.nan  # no term needs that row

@@ -69,6 +69,19 @@ SHARED: Bad = [
     (dict(z_coef=9.0), TypeError, r"\w+ has no option 'z_coef'; accepted: .*ignore_index"),
     (dict(backend=None), ValueError, "backend is None; accepted"),
 ]
+READOUT: Bad = [
+    (dict(logit_scale=0.0), ValueError, r"logit_scale is 0\.0; accepted: a number above 0 \(in"),
+    (dict(logit_scale=-1), ValueError, r"logit_scale is -1; accepted: a number above 0"),
+    (dict(logit_scale=float("nan")), ValueError, "logit_scale is nan; accepted: a number above 0"),
+    (dict(logit_scale=float("inf")), ValueError, "logit_scale is inf; accepted: a number above 0"),
+    (dict(logit_scale="1"), TypeError, "logit_scale is '1'; accepted: a number or a 0-d"),
+    (dict(logit_scale=None), TypeError, "logit_scale is None; accepted: a number or a 0-d"),
+    (dict(logit_scale=ROWS), ValueError, r"logit_scale has shape \[2, 3\]; accepted: a number"),
+    (dict(softcap=0.0), ValueError, r"softcap is 0\.0; accepted: a number above 0, or None \(in"),
+    (dict(softcap=1e-300), ValueError, r"softcap is 1e-300; accepted: .*in float32: 1\.18e-38"),
+    (dict(softcap=True), TypeError, "softcap is True; accepted: a number or a 0-d"),
+    (dict(softcap=jnp.array(-2.0)), ValueError, r"softcap is -2\.0; accepted: a number above"),
+]
 HEADS: Bad = [
     (dict(gamma=1.5), ValueError, r"gamma is 1\.5; accepted: \[0\.0, 1\.0\]"),
     (dict(gamma=float("nan")), ValueError, r"gamma is nan; accepted: \[0\.0, 1\.0\]"),
@@ -117,10 +130,10 @@ ONLINE: Bad = [
     (dict(num_items=(1, -2)), ValueError, r"num_items is -2; accepted: \[0, inf\)"),
 ]
 CASES = {
-    "iqlearn_loss": SHARED + WEIGHTS + ONE_NUMBER + HEADS + TD,
-    "mle_loss": SHARED + WEIGHTS + ONE_NUMBER,
-    "online_iqlearn_loss": SHARED + WEIGHTS + HEADS + TD + ONLINE,
-    "token_stats": SHARED + HEADS,
+    "iqlearn_loss": SHARED + READOUT + WEIGHTS + ONE_NUMBER + HEADS + TD,
+    "mle_loss": SHARED + READOUT + WEIGHTS + ONE_NUMBER,
+    "online_iqlearn_loss": SHARED + READOUT + WEIGHTS + HEADS + TD + ONLINE,
+    "token_stats": SHARED + READOUT + HEADS,
 }
 
 
@@ -171,6 +184,16 @@ def test_numbers_of_numpy_and_jax(one: Any) -> None:
     wanted = irl.iqlearn_loss(LOGITS, LABELS, lam=0.5, gamma=0.5)
     assert irl.iqlearn_loss(LOGITS, LABELS, lam=one, gamma=one) == wanted
     assert jax.jit(lambda x: irl.iqlearn_loss(LOGITS, LABELS, lam=x, gamma=x))(one) == wanted
+
+
+def test_what_kernels_are_made_for_is_not_traced() -> None:
+    wanted = irl.iqlearn_loss(LOGITS + 1, LABELS, logit_scale=0.5, softcap=0.5)
+    for one in (np.float32(0.5), np.array(0.5), jnp.array(0.5)):
+        assert irl.iqlearn_loss(LOGITS + 1, LABELS, logit_scale=one, softcap=one) == wanted
+    for name in ("logit_scale", "softcap"):
+        program = jax.jit(lambda x, name=name: irl.iqlearn_loss(LOGITS, LABELS, **{name: x}))
+        with pytest.raises(ValueError, match=f"^{name} is traced, .*; accepted: a number, or an"):
+            program(0.5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -123,7 +123,9 @@ class Readout:
     def q(self, x: np.ndarray) -> np.ndarray:
         if not self.softcap:
             return self.logit_scale * x
-        return self.softcap * np.tanh(self.logit_scale * x / self.softcap)
+        return np.where(
+            x == -np.inf, x, self.softcap * np.tanh(self.logit_scale * x / self.softcap)
+        )
 
     def slope(self, x: np.ndarray) -> np.ndarray:
         if not self.softcap:

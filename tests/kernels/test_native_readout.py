@@ -141,18 +141,35 @@ def test_a_certain_label_has_no_positive_log_likelihood(readout: Readout, isa: s
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_edges(isa: str) -> None:
-    """A cap turns infinities into its ends, with no gradient; a NaN stays one."""
-    cap = Readout(1.0, 4.0)
-    x, y = (Placed("float32", (3,), 20) for _ in range(2))
+    """-inf has no mass and no gradient, inf is the end of the cap, a NaN stays one."""
+    cap, largest = Readout(1.0, 4.0), np.finfo(np.float32).max
+    x, y = (Placed("float32", (5,), 20) for _ in range(2))
     x.rows[...] = 1.0
-    x.rows[0, 3], x.rows[1, 3], x.rows[2, 3] = -np.inf, np.inf, np.nan
-    ones, labels = np.ones(3, np.float32), np.array([3, 3, 0])
-    out = run_stats_grad(x, ones, ones, None, y, isa=isa, readout=cap)
-    exact = Exact.of(cap.q(decode(x.rows, "float32")[:2]))
-    np.testing.assert_allclose(out[1][:2], exact.logsum, rtol=0, atol=60 * EPS)
-    assert np.abs(y.rows[:2, 3]).max() <= 2.0**-20  # 1 - tanh^2, where tanh has rounded to 1
-    assert np.isnan(y.rows[2]).all() and np.isnan(out[1][2])
-    assert run_stats(x, labels, isa=isa, readout=cap)[2][:2].tolist() == [-4.0, 4.0]
+    x.rows[:4, 3] = -np.inf, np.inf, np.nan, -largest
+    x.rows[4] = -np.inf
+    ones, labels = np.ones(5, np.float32), np.array([3, 3, 0, 3, 3])
+    seen = [0, 1, 3]
+    for weight in (None, ones):
+        out = run_stats_grad(x, ones, ones, weight, y, isa=isa, readout=cap)
+        exact = Exact.of(cap.q(decode(x.rows, "float32")[seen]))
+        np.testing.assert_allclose(out[1][seen], exact.logsum, rtol=0, atol=60 * EPS)
+        assert y.rows[0, 3] == 0 and np.abs(y.rows[0]).max() > 0
+        assert np.abs(y.rows[[1, 3], 3]).max() <= 2.0**-20  # 1 - tanh^2, tanh rounded to 1
+        assert np.isnan(y.rows[2]).all() and np.isnan(out[1][2])
+        assert out[0][4] == out[1][4] == -np.inf and not y.rows[4].any()
+    row_max, logsum, picked, _ = run_stats(x, labels, isa=isa, readout=cap)
+    assert picked[[0, 1, 3, 4]].tolist() == [-np.inf, 4.0, -4.0, -np.inf]
+    run_grad(x, labels, [row_max, logsum], [0 * ones, 0 * ones, ones], y, isa=isa, readout=cap)
+    assert y.rows[[0, 4], 3].tolist() == [0.0, 0.0]
+
+    # what the label's element is multiplied by; a 0 stays one beside a NaN
+    picked = Vector(np.array([-np.inf, 4.0, np.nan, 0.0, np.nan], np.float32))
+    elements = Vector(np.array([-np.inf, 1.0, 0.0, 2.0, 1.0], np.float32))
+    threes = Vector(np.full(5, 3, np.int64))
+    where = (y.address, "float32", (5,), y.strides, 20)
+    addresses = (threes.address, elements.address, picked.address)
+    _native.set_label(*where, *addresses, *cap.numbers)
+    np.testing.assert_array_equal(y.rows[:, 3], [0.0, 0.0, 0.0, 2.0, np.nan])
 
 
 def test_numbers_are_checked() -> None:

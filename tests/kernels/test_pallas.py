@@ -191,7 +191,7 @@ def test_edges(dtype, of):
     ("of", "dtype", "logit_scale", "softcap"),
     [
         (TINY, "float32", 0.25, 30.0),
-        (BY_NAME["v5e"], "float32", -2.0, 0.5),
+        (BY_NAME["v5e"], "float32", 2.0, 0.5),
         (BY_NAME["v7x"], "bfloat16", 0.25, 30.0),
         (BY_NAME["v5e"], "float32", 3.0, None),
     ],
@@ -200,17 +200,19 @@ def test_softcap(of, dtype, logit_scale, softcap):
     """q = softcap tanh(logit_scale x / softcap), its statistics, and the gradient by x."""
     cap = dict(logit_scale=logit_scale, softcap=softcap)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, 17, 300)) * 20, dtype)
+    x = jnp.asarray(rng.standard_normal((2, 17, 300)) * 20, dtype).at[..., 5::7].set(-jnp.inf)
     labels = rng.integers(-1, 300, (2, 17))
     a, b, c = (rng.standard_normal((2, 17)).astype(np.float32) for _ in range(3))
     values = np.asarray(x, np.float64)
     bound = np.inf if softcap is None else softcap
     q = values * logit_scale if softcap is None else softcap * np.tanh(values * logit_scale / bound)
-    slope = logit_scale * (1 - (q / bound) ** 2)
+    slope = logit_scale * (1 - (q / bound) ** 2) if softcap else np.full_like(q, logit_scale)
+    q = np.where(values == -np.inf, values, q)
+    slope = slope if softcap is None else np.where(values == -np.inf, 0.0, slope)
     exact = Exact(q)
     # A few roundings of tanh and of its argument, which tanh scales by at most 1; the row's
     # statistics inherit the largest, and log p both its own and theirs.
-    q_error = 10 * EPS * np.abs(q).max()
+    q_error = 10 * EPS * np.abs(q[np.isfinite(q)]).max()
     error = exact.error + 2 * q_error * (1 + np.abs(exact.logsum))
 
     def close(got, wanted, a, b, c):
@@ -225,7 +227,8 @@ def test_softcap(of, dtype, logit_scale, softcap):
     assert (np.abs(logsum - exact.logsum) <= error).all()
     assert (np.abs(entropy - exact.entropy) <= error * 10).all()  # sums |c| e^c, c to about 8
     at = np.take_along_axis(q, np.clip(labels, 0, 299)[..., None], -1)[..., 0]
-    assert (np.abs(picked - np.where(labels < 0, 0.0, at)) <= q_error).all()
+    at = np.where(labels < 0, 0.0, at)
+    assert np.isclose(picked, at, rtol=0, atol=q_error).all()  # -inf is close to itself
 
     hit = (np.arange(300) == labels[..., None]) * c[..., None]
     grads = (functools.partial(row_grad, of=of, interpret=True), row_grad_in_xla)
@@ -247,7 +250,7 @@ def test_softcap(of, dtype, logit_scale, softcap):
 
 def test_softcap_keeps_silent_rows_silent():
     """Zero coefficients give zero gradients of NaN logits, and lanes behind the row stay out."""
-    x = jnp.full((16, 200), jnp.nan).at[8:].set(-jnp.inf)
+    x = jnp.full((16, 200), jnp.nan).at[8:].set(-100.0).at[12:].set(-jnp.inf)
     zero, cap = jnp.zeros(16), dict(logit_scale=1.0, softcap=5.0)
     labels = jnp.zeros(16, jnp.int32)
     for of in (TINY, BY_NAME["v5e"]):
@@ -257,8 +260,9 @@ def test_softcap_keeps_silent_rows_silent():
         assert (got == 0).all()
         row_max, logsum, *_ = row_stats(x, labels, of=of, interpret=True, **cap)
         # every one of 200 is -softcap; lanes 200 to 255 hold NaN in the interpreter
-        np.testing.assert_allclose(row_max[8:], -5.0, rtol=1e-6)
-        np.testing.assert_allclose(logsum[8:], np.log(200), rtol=1e-6)
+        np.testing.assert_allclose(row_max[8:12], -5.0, rtol=1e-6)
+        np.testing.assert_allclose(logsum[8:12], np.log(200), rtol=1e-6)
+        assert (row_max[12:] == -jnp.inf).all() and (logsum[12:] == -jnp.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -283,6 +287,16 @@ def test_label_kernels(dtype):
         replaced[b, t, labels[b, t]] = rounded[b, t]
     got = label_kernels.set_label(q, jnp.asarray(labels), jnp.asarray(elements), interpret=True)
     np.testing.assert_array_equal(np.asarray(got, np.float32), replaced)
+
+    cap = dict(logit_scale=0.5, softcap=3.0)
+    exact = np.where(wanted == -np.inf, wanted, 3 * np.tanh(wanted / 6))
+    picked = label_kernels.label_logit(q, jnp.asarray(labels), **cap, interpret=True)
+    np.testing.assert_allclose(picked, exact, rtol=8 * EPS)
+    slope = np.where(exact == -np.inf, 0.0, 0.5 * (1 - (exact / 3) ** 2))
+    got = label_kernels.set_label(q, jnp.asarray(labels), elements, picked, **cap, interpret=True)
+    got = np.take_along_axis(np.asarray(got, np.float32), at, -1)[..., 0]
+    near = dict(rtol=2.0**-8 if dtype == "bfloat16" else 0, atol=20 * EPS)  # of 1 - tanh^2
+    np.testing.assert_allclose(got[good], (elements * slope)[good], **near)
 
 
 def test_no_races():

@@ -156,6 +156,20 @@ MUTANTS = [
         "tests/torch/test_edges.py::test_a_confident_row_keeps_its_gradient[dtype0-17.0-reference]",
     ),
     Mutant(
+        "reference: a gradient goes by a soft cap",
+        REFERENCE,
+        "logit_scale * (1 - (q / softcap) ** 2)",
+        "logit_scale",
+        on("reference", "capped"),
+    ),
+    Mutant(
+        "reference: a soft cap gives mass to -inf",
+        REFERENCE,
+        "xp.where(x == -xp.inf, -xp.inf, softcap * xp.tanh(x * (logit_scale / softcap)))",
+        "softcap * xp.tanh(x * (logit_scale / softcap))",
+        on("reference", "capped"),
+    ),
+    Mutant(
         "linear: the value behind a chunk is lost",
         CHUNKS,
         "behind = done[0].stats.value[:1]",

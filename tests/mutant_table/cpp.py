@@ -53,6 +53,12 @@ MUTANTS = [
         "truncated, by row",
     ),
     cpu(
+        "the label's element goes by a soft cap",
+        "done.element.data(), stats.label_logit.data(), readout);",
+        "done.element.data());",
+        "scaled and capped",
+    ),
+    cpu(
         "the neighbour's weight is the row's own",
         "const double d = loss.td[i - 1];",
         "const double d = loss.td[i];",

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "positions": dict(position_ids=SEGMENTS, eos_token_id=[3, 4], truncated=VALUES[:, 0] > 0),
     "weights": dict(token_weights=VALUES.abs(), where=VALUES > -0.5, num_items=torch.tensor(7.0)),
     "heads": dict(values=VALUES, next_values=2 * VALUES, detach_next=False),
+    "bent": dict(logit_scale=0.5, softcap=3.0),
     "detached": dict(detach_next=True, boundary="drop", gamma=torch.tensor(0.9)),
 }
 

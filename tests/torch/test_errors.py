@@ -174,7 +174,21 @@ BACKEND: list[tuple[dict[str, Any], type, str]] = [
     (dict(backend=["native"]), ValueError, r"backend is \['native'\]; accepted: 'auto'"),
     (dict(backend=None), (ValueError, TypeError), "backend is None; accepted"),
 ]
-SHARED = LOGITS_AND_LABELS + SEQUENCES + EPISODES + BACKEND
+READOUT: list[tuple[dict[str, Any], type, str]] = [
+    (dict(logit_scale=0.0), ValueError, r"logit_scale is 0\.0; accepted: a number above 0 \(in"),
+    (dict(logit_scale=-1), ValueError, r"logit_scale is -1; accepted: a number above 0"),
+    (dict(logit_scale=float("nan")), ValueError, "logit_scale is nan; accepted: a number above 0"),
+    (dict(logit_scale=float("inf")), ValueError, "logit_scale is inf; accepted: a number above 0"),
+    (dict(logit_scale="1"), TypeError, "logit_scale is '1'; accepted: a number or a 0-d"),
+    (dict(logit_scale=None), TypeError, "logit_scale is None; accepted: a number or a 0-d"),
+    (dict(logit_scale=ROWS), ValueError, r"logit_scale has shape \[2, 3\]; accepted: a number"),
+    (dict(softcap=0.0), ValueError, r"softcap is 0\.0; accepted: a number above 0, or None \(in"),
+    (dict(softcap=1e-300), ValueError, r"softcap is 1e-300; accepted: .*in float32: 1\.18e-38"),
+    (dict(softcap=True), TypeError, "softcap is True; accepted: a number or a 0-d"),
+    (dict(softcap=torch.tensor(-2.0)), ValueError, r"softcap is -2\.0; accepted: a number above"),
+    (dict(softcap=GRAD), ValueError, r"softcap requires a gradient.*accepted: softcap\.detach"),
+]
+SHARED = LOGITS_AND_LABELS + SEQUENCES + EPISODES + BACKEND + READOUT
 CASES = {
     "iqlearn_loss": SHARED + WEIGHTS + ONE_NUMBER + HEADS + TD,
     "mle_loss": SHARED + WEIGHTS + ONE_NUMBER,
