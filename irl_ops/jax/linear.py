@@ -94,8 +94,8 @@ def linear_iqlearn_loss(
         accumulate: the dtype in which chunks are added up for the gradient of weight: "float32"
             (the default), which takes 4 V D bytes until the gradient is rounded, or "weight",
             which rounds the sum after every chunk and takes nothing.
-        logit_scale: factor of the logits; a number or a 0-d array, not differentiated by.
-        softcap: bound of the logits, above 0; a number or a 0-d array, or None.
+        logit_scale: factor of the logits, as in ``iqlearn_loss``.
+        softcap: bound of the logits, or None, as in ``iqlearn_loss``.
         return_metrics: as all that follow: see ``iqlearn_loss``.
 
     Returns:

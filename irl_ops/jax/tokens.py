@@ -53,6 +53,8 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
         logits: ``[..., T, V]``; see ``iqlearn_loss`` for this and all that follow.
         labels: ``[..., T]``.
         gamma: discount in [0, 1]; a number or a 0-d array.
+        logit_scale: factor of the logits; statistics are those of q.
+        softcap: bound of the logits, or None.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``.
         shift: logits[t] scores labels[t + 1].

@@ -89,8 +89,8 @@ def linear_iqlearn_loss(
         accumulate: the dtype in which chunks are added up for the gradient of weight: "float32",
             which takes 4 V D bytes until the gradient is rounded, or "weight", which rounds the sum
             after every chunk. By default "weight" on a CPU, "float32" elsewhere.
-        logit_scale: factor of the logits; a number or a 0-d tensor, not differentiated by.
-        softcap: bound of the logits, above 0; a number or a 0-d tensor, or None.
+        logit_scale: factor of the logits, as in ``iqlearn_loss``.
+        softcap: bound of the logits, or None, as in ``iqlearn_loss``.
         return_metrics: as all that follow: see ``iqlearn_loss``. ``inplace`` changes nothing: the
             logits are nobody's.
 

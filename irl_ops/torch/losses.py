@@ -73,6 +73,11 @@ def iqlearn_loss(
         entropy_coef: weight kappa of the entropy bonus; a number or a 0-d tensor.
         z_loss: weight zeta of V_t^2 on labelled rows (PaLM's z-loss), 0 by default; a number or a
             0-d tensor. It anchors the offset of the logits, which log pi does not see.
+        logit_scale: factor s of the logits, above 0; a number or a 0-d tensor, whose value is read
+            at once (a device is waited for). Kernels are made for it, and it has no gradient.
+        softcap: bound c of the logits, above 0, or None; a number or a 0-d tensor, likewise. Then
+            q = c tanh(s x / c), where x are the given logits, and the gradient is that of x; an x
+            of -inf stays -inf. Not for logits that a model has capped already.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``; False says as well that the row carries no label. Applied after
             the shift.
@@ -257,7 +262,9 @@ def online_iqlearn_loss(
         gamma: discount.
         entropy_coef: weight of the entropy bonus, on expert rows.
         z_loss: weight of V_t^2, on expert rows.
-        ignore_index: see ``iqlearn_loss``, as for all that follow.
+        logit_scale: see ``iqlearn_loss``, as for all that follow.
+        softcap: bound of the logits.
+        ignore_index: label of rows that carry none.
         where: bool ``[..., T]``.
         shift: logits[t] scores labels[t + 1].
         segment_ids: ``[..., T]``.
