@@ -1,150 +1,115 @@
-"""The C++ row kernels through raw addresses, against float64 NumPy; no framework is needed."""
+"""The C++ row kernels through raw addresses: the contract, and what is theirs alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from irl_ops import _native
 
-from .native_rows import (
-    CANARY,
-    DTYPES,
-    EPS,
-    ISAS,
-    STORAGE,
-    VOCABS,
-    Exact,
-    Placed,
-    close,
-    decode,
-    encode,
-    logits_for,
-    run_grad,
-    run_stats,
-    run_stats_grad,
-)
+from .backend import Backend, Case, cases, logits_for
+from .exact import EPS, PLAIN, Exact, Readout, close
+from .memory import CANARY, STORAGE, Placed, decode, encode
+from .readout_contract import ReadoutKernels
+
+DTYPES = Backend.dtypes
 
 
-def check_all(q: Placed, y: Placed, labels: np.ndarray, isa: str, seed: int = 0) -> None:
-    """Every kernel on these logits against float64."""
-    rng = np.random.default_rng(seed)
-    values = decode(q.rows, q.dtype)
-    exact = Exact.of(values)
-    tolerance = exact.statistics_tolerance()
+class Vector:
+    """A row vector between canaries."""
 
-    row_max, logsum, picked, entropy = run_stats(q, labels, isa=isa)
-    np.testing.assert_array_equal(row_max, exact.row_max)
-    assert (np.abs(logsum - exact.logsum) <= tolerance).all()
-    assert (np.abs(entropy - exact.entropy) <= tolerance).all()
-    wanted = np.take_along_axis(values, np.clip(labels, 0, q.vocab - 1)[..., None], -1)[..., 0]
-    wanted = np.where(labels < 0, 0.0, np.where(labels >= q.vocab, np.nan, wanted))
-    np.testing.assert_array_equal(picked, wanted)
+    def __init__(self, values: np.ndarray):
+        self.buffer = np.full(values.nbytes + 128, CANARY, np.uint8)
+        self.values = self.buffer[64:-64].view(values.dtype).reshape(values.shape)
+        self.values[...] = values
+        self.address = self.values.ctypes.data
 
-    # Coefficients with zeros among them: no A, no B, neither.
-    a, b, c = (rng.standard_normal(q.sizes).astype(np.float32) for _ in range(3))
-    a.flat[::3], b.flat[::2], a.flat[4:5], b.flat[4:5] = 0, 0, 0, 0
-    run_grad(q, labels, [row_max, logsum], [a, b, c], y, isa=isa)
-    at_label = (np.arange(q.vocab) == labels[..., None]) * c[..., None]
-    bound = exact.gradient_tolerance(a, b, np.zeros(q.sizes))
-    close(y.rows, y.dtype, exact.gradient(a, b) + at_label, bound + EPS * np.abs(at_label))
-    assert y.untouched_outside() and q.untouched_outside()
-
-    for weight in (None, b):
-        y.rows.view(np.uint8)[...] = CANARY
-        out = run_stats_grad(q, a, c, weight, y, isa=isa)
-        np.testing.assert_array_equal(out[0], exact.row_max)
-        assert (np.abs(out[1] - exact.logsum) <= tolerance).all()
-        assert (np.abs(out[2] - exact.entropy) <= tolerance).all()
-        w = np.zeros(q.sizes) if weight is None else weight.astype(np.float64)
-        total = a + c * (exact.row_max + exact.logsum) + w * exact.entropy
-        a_error = tolerance * (np.abs(c) + np.abs(w)) + 2 * EPS * np.abs(total)
-        bound = exact.gradient_tolerance(total, w, a_error)
-        close(y.rows, y.dtype, exact.gradient(total, w), bound)
-        assert (decode(y.rows, y.dtype)[np.isneginf(values)] == 0).all()
-        assert y.untouched_outside() and q.untouched_outside()
+    def untouched_outside(self) -> bool:
+        return bool((self.buffer[:64] == CANARY).all() and (self.buffer[-64:] == CANARY).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_kernels_match_float64(vocab: int, isa: str, dtype: str) -> None:
-    sizes = (2, 3) if vocab < 10_000 else (3,)
-    q = Placed(dtype, sizes, vocab, start=3, gap=5)
-    q.rows[...] = logits_for(vocab, sizes, vocab, dtype, scale=4.0)
-    labels = np.random.default_rng(vocab).integers(0, vocab, sizes)
-    labels.flat[:2] = [-100, vocab]
-    check_all(q, Placed(dtype, sizes, vocab, start=1, gap=2), labels, isa)
+def poisoned(sizes: tuple[int, ...]) -> Vector:
+    """An output that must be written: no result of a test is this number."""
+    return Vector(np.full(sizes, -123456.75, np.float32))
 
 
-@given(data=st.data())
-def test_kernels_match_float64_anywhere(data: st.DataObject) -> None:
-    """Random shapes, strides, alignments, spreads and offsets."""
-    draw = data.draw
-    dtype, isa = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(ISAS))
-    sizes = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
-    vocab = draw(st.integers(1, 200) | st.integers(2000, 4200))
-    q = Placed(dtype, sizes, vocab, draw(st.integers(0, 40)), draw(st.integers(0, 40)))
-    y = Placed(dtype, sizes, vocab, draw(st.integers(0, 40)), draw(st.integers(0, 40)))
-    seed = draw(st.integers(0, 2**32 - 1))
-    # A spread of 60 reaches probabilities that are subnormal, and 0.
-    q.rows[...] = logits_for(
-        seed, sizes, vocab, dtype, draw(st.sampled_from([0.0, 1.0, 60.0])),
-        draw(st.sampled_from([0.0, -300.0, 1e4])),
-    )  # fmt: skip
-    labels = np.random.default_rng(seed).integers(-2, vocab + 2, sizes)
-    check_all(q, y, labels, isa, seed)
+def numbers(readout: Readout) -> tuple[float, float]:
+    return readout.logit_scale, readout.softcap or 0.0
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("order", ["ascending", "descending", "one peak late"])
-def test_the_running_maximum_may_move(order: str, isa: str) -> None:
-    """The maximum moves in every block, in the first only, and by a factor beyond float32."""
-    vocab = 20_000
-    q = Placed("float32", (1,), vocab)
-    ramp = np.linspace(-50, 50, vocab)
-    peak = np.where(np.arange(vocab) == 19_998, 150.0, np.sin(ramp))
-    rows = {"ascending": ramp, "descending": ramp[::-1], "one peak late": peak}
-    q.rows[...] = encode(rows[order], "float32")
-    check_all(q, Placed("float32", (1,), vocab), np.zeros(1, np.int64), isa)
+@dataclass(frozen=True)
+class Native(Backend):
+    """One set of instructions, on so many threads; everything it reads and writes is watched."""
+
+    isa: str = ""
+    threads: int = 1
+
+    def row_stats(self, q, labels, entropy=True, readout=PLAIN):
+        out = [poisoned(q.sizes) for _ in range(3 + entropy)]
+        self.call("row_stats", q, [Vector(labels)], padded(out, 4), readout)
+        return padded([v.values for v in out], 4)
+
+    def row_grad(self, q, labels, row_max, logsum, a, b, c, y, readout=PLAIN):
+        given = [Vector(v) for v in (labels, row_max, logsum, a, b, c)]
+        self.call("row_grad", q, given, [], readout, y)
+
+    def row_stats_grad(self, q, alpha, beta, weight, y, readout=PLAIN):
+        given = [Vector(v) for v in (alpha, beta, weight) if v is not None]
+        out = [poisoned(q.sizes) for _ in given]
+        self.call("row_stats_grad", q, padded(given, 3), padded(out, 3), readout, y)
+        return padded([v.values for v in out], 3)
+
+    def call(
+        self, kernel: str, q: Placed, given: Sequence[Vector | None], out: Sequence[Vector | None],
+        readout: Readout, *y: Placed,
+    ) -> None:  # fmt: skip
+        addresses = [v.address if v else 0 for v in (*given, *out)]
+        gradient = [x for rows in y for x in (rows.address, rows.strides)]
+        getattr(_native, kernel)(
+            *where(q), *addresses, *gradient, self.threads, self.isa, *numbers(readout)
+        )
+        assert all(v.untouched_outside() for v in (*given, *out) if v)
+
+    def label_logit(self, q, labels, readout=PLAIN):
+        out, given = poisoned(q.sizes), Vector(labels)
+        _native.label_logit(*where(q), given.address, out.address, self.isa, *numbers(readout))
+        assert out.untouched_outside()
+        return out.values
+
+    def set_label(self, y, labels, elements, readout=PLAIN, label_logit=None):
+        given = padded([Vector(v) for v in (labels, elements, label_logit) if v is not None], 3)
+        _native.set_label(*where(y), *(v.address if v else 0 for v in given), *numbers(readout))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ISAS)
-def test_an_offset_loses_nothing(isa: str, dtype: str) -> None:
-    """value = row_max + logsum is kept as two numbers, so logsum ignores a common offset."""
-    q = Placed(dtype, (4,), 3000)
-    q.rows[...] = logits_for(1, (4,), 3000, dtype, scale=50.0, offset=1e4)
-    shifted = Placed("float32", (4,), 3000)
-    shifted.rows[...] = decode(q.rows, dtype) - 1e4
-    labels = np.zeros(4, np.int64)
-    moved, still = run_stats(q, labels, isa=isa), run_stats(shifted, labels, isa=isa)
-    np.testing.assert_array_equal(moved[1], still[1])
-    np.testing.assert_array_equal(moved[3], still[3])
+def padded(given: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """None for what is left out at the end."""
+    return (*given, *[None] * (count - len(given)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("vocab", [17, 4099])
-def test_in_place_is_the_same(vocab: int, isa: str, dtype: str) -> None:
-    rng = np.random.default_rng(vocab)
-    alpha, beta, weight = (rng.standard_normal(5).astype(np.float32) for _ in range(3))
-    labels = rng.integers(0, vocab, 5)
-    for w in (None, weight):
-        q, y = (Placed(dtype, (5,), vocab, start=7, gap=3) for _ in range(2))
-        q.rows[...] = logits_for(vocab, (5,), vocab, dtype, 3.0)
-        apart = run_stats_grad(q, alpha, beta, w, y, isa=isa)
-        within = run_stats_grad(q, alpha, beta, w, q, isa=isa)
-        np.testing.assert_array_equal(np.stack(within), np.stack(apart))
-        np.testing.assert_array_equal(q.rows, y.rows)
-        assert q.untouched_outside()
-    q.rows[...] = logits_for(vocab, (5,), vocab, dtype, 3.0)
-    stats = run_stats(q, labels, isa=isa)[:2]
-    run_grad(q, labels, stats, [alpha, beta, weight], y, isa=isa)
-    run_grad(q, labels, stats, [alpha, beta, weight], q, isa=isa)
-    np.testing.assert_array_equal(q.rows, y.rows)
+def where(q: Placed) -> tuple[int, str, tuple[int, ...], list[int], int]:
+    return q.address, q.dtype, q.sizes, q.strides, q.vocab
+
+
+ISAS = {isa: Native(isa) for isa in _native.isas()}
+
+
+class TestNative(ReadoutKernels):
+    forms = ISAS
+    # Below, at and above one vector and one unrolled step; above one block of the kernels (2048).
+    cases = cases(1, 2, 17, 63, 64, 65, 1000, 2049, 50257, 151936)
+    wide = 4129
+    readout_vocabs = (1, 33, 1000, 4129)
+    masked_stays_masked = False
+    shapes = st.builds(
+        Case,
+        st.lists(st.integers(1, 3), max_size=3).map(tuple),
+        st.integers(1, 200) | st.integers(2000, 4200),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,10 +124,11 @@ def test_threads_change_no_bit(isa: str, dtype: str) -> None:
     results = []
     for threads in (1, 2, 3, 7):
         y = Placed(dtype, sizes, vocab, start=threads)
-        stats = run_stats(q, labels, threads=threads, isa=isa)
-        run_grad(q, labels, stats[:2], [a, a, a], y, threads=threads, isa=isa)
+        kernels = Native(isa, threads)
+        stats = kernels.row_stats(q, labels)
+        kernels.row_grad(q, labels, *stats[:2], a, a, a, y)
         grad = y.rows.copy()
-        fused = run_stats_grad(q, a, a, a, y, threads=threads, isa=isa)
+        fused = kernels.row_stats_grad(q, a, a, a, y)
         results.append([np.stack(stats), grad, np.stack(fused), y.rows.copy()])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
@@ -186,89 +152,43 @@ def test_fresh_and_mapped_outputs_get_the_same_bits(dtype: str, isa: str) -> Non
         )  # fmt: skip
         got.append(y)
     assert got[0].tobytes() == got[1].tobytes()
-    values = decode(q[:3], dtype)
-    exact = Exact.of(values)
-    total = a[:3] * (1 + exact.row_max + exact.logsum)
-    error = np.abs(a[:3]) * exact.statistics_tolerance() + 4 * EPS * np.abs(a[:3])
-    bound = exact.gradient_tolerance(total, 0 * total, error)
-    close(got[0][:3], dtype, exact.gradient(total, 0 * total), bound)
+    first, exact = a[:3], Exact.of(decode(q[:3], dtype))
+    total, none = exact.total(first, first, 0 * first), 0 * first
+    bound = exact.gradient_error(total, none, exact.total_error(first, first, none))
+    close(got[0][:3], dtype, exact.gradient(total, none), bound)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_columns(isa: str) -> None:
+    """V = 0, an empty shard: row_max = logsum = -inf, entropy 0."""
+    kernels, one, labels = ISAS[isa], np.ones(2, np.float32), np.full(2, -1)
+    q = Placed("float32", (2,), 0)
+    row_max, logsum, picked, entropy = kernels.row_stats(q, labels)
+    assert (row_max == -np.inf).all() and (logsum == -np.inf).all()
+    assert (picked == 0).all() and (entropy == 0).all()
+    kernels.row_stats_grad(q, one, one, one, q)
+    kernels.row_grad(q, labels, row_max, logsum, one, one, one, q)
+    assert q.untouched_outside()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_rows_that_nobody_needs(isa: str, dtype: str) -> None:
-    q, y = Placed(dtype, (3,), 100), Placed(dtype, (3,), 100)
-    q.rows[...] = encode(np.full((3, 100), np.nan), dtype)
-    one = np.ones(3, np.float32)
-    statistics = run_stats_grad(q, np.float32(-np.inf) * one, one, one, y, isa=isa)
-    assert not np.any(statistics) and not np.any(y.rows)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ISAS)
-def test_rows_without_coefficients_are_zero_whatever_they_hold(isa: str, dtype: str) -> None:
-    vocab = 100
-    q, y = Placed(dtype, (3,), vocab), Placed(dtype, (3,), vocab, start=1)
-    q.rows[...] = encode(np.full((3, vocab), np.nan), dtype)
-    q.rows[1] = encode(np.full(vocab, np.inf), dtype)
-    zero = np.zeros(3, np.float32)
-    row_max, logsum, entropy = run_stats_grad(q, zero, zero, zero, y, isa=isa)
-    assert (y.rows.view(np.uint16) == 0).all()
-    assert np.isnan(row_max + logsum).all() and np.isnan(entropy).all()
-
-    y.rows.view(np.uint8)[...] = CANARY
-    labels, c = np.array([5, -1, vocab]), np.array([2, 3, 4], np.float32)
-    run_grad(q, labels, [row_max, logsum], [zero, zero, c], y, isa=isa)
-    wanted = np.zeros((3, vocab))
-    wanted[0, 5] = 2
-    np.testing.assert_array_equal(decode(y.rows, dtype), wanted)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("place", [0, 15, 63, 64, 99, 2100])
-def test_nan_propagates(place: int, isa: str, dtype: str) -> None:
-    vocab = 2101
-    q, y = Placed(dtype, (2,), vocab), Placed(dtype, (2,), vocab)
-    q.rows[...] = encode(np.zeros((2, vocab)), dtype)
-    q.rows[0, place] = encode(np.float32(np.nan), dtype)
-    labels, one = np.zeros(2, np.int64), np.ones(2, np.float32)
-    stats = run_stats(q, labels, isa=isa)
-    assert np.isnan(stats[0][0] + stats[1][0]) and np.isnan(stats[3][0])
-    assert np.isfinite([s[1] for s in stats]).all()
-    for grad in (
-        lambda: run_stats_grad(q, one, 0 * one, None, y, isa=isa),
-        lambda: run_stats_grad(q, one, one, one, y, isa=isa),
-        lambda: run_grad(q, labels, stats[:2], [one, one, one], y, isa=isa),
-    ):
-        grad()
-        assert np.isnan(decode(y.rows[0], dtype)).all()
-        assert np.isfinite(decode(y.rows[1], dtype)).all()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_no_mass_and_no_columns(isa: str) -> None:
-    """All -inf, or V = 0: row_max = logsum = -inf, entropy 0, gradient 0."""
-    one, labels = np.ones(2, np.float32), np.full(2, -1)
-    for vocab in (0, 70):
-        q, y = Placed("float32", (2,), vocab), Placed("float32", (2,), vocab)
-        q.rows[...] = -np.inf
-        row_max, logsum, picked, entropy = run_stats(q, labels, isa=isa)
-        assert (row_max == -np.inf).all() and (logsum == -np.inf).all()
-        assert (picked == 0).all() and (entropy == 0).all()
-        run_stats_grad(q, one, one, one, y, isa=isa)
-        assert (y.rows == 0).all()
-        run_grad(q, labels, [row_max, logsum], [one, one, one], y, isa=isa)
-        assert (y.rows == 0).all()
-
-
-def test_no_rows() -> None:
-    for sizes in ((0,), (3, 0)):
-        q = Placed("float32", sizes, 5)
-        stats = run_stats(q, np.zeros(sizes, np.int64))
-        empty = np.zeros(sizes, np.float32)
-        run_stats_grad(q, empty, empty, None, q)
-        run_grad(q, np.zeros(sizes, np.int64), stats[:2], [empty] * 3, q)
+def test_statistics_have_one_arithmetic(isa: str, dtype: str) -> None:
+    """Both kernels give the same bits; and a float32 copy gives those of 16 bits."""
+    kernels, one, labels = ISAS[isa], np.ones(4, np.float32), np.zeros(4, np.int64)
+    q, y = (Placed(dtype, (4,), 3000) for _ in range(2))
+    q.holding(logits_for(1, (4,), 3000, 50.0, offset=1e4))
+    shifted = Placed("float32", (4,), 3000).holding(q.values - 1e4)
+    for readout in (PLAIN, *TestNative.readouts):
+        row_max, logsum, _, entropy = kernels.row_stats(q, labels, readout=readout)
+        for weight in (None, one):
+            fused = kernels.row_stats_grad(q, one, one, weight, y, readout)
+            np.testing.assert_array_equal(fused[:2], (row_max, logsum))
+            assert weight is None or (fused[2] == entropy).all()
+        if readout == PLAIN:
+            _, of_shifted, _, entropy_of_shifted = kernels.row_stats(shifted, labels)
+            np.testing.assert_array_equal(logsum, of_shifted)
+            np.testing.assert_array_equal(entropy, entropy_of_shifted)
 
 
 def test_negative_and_zero_strides() -> None:
@@ -318,7 +238,7 @@ def test_single_elements_are_rounded_as_rows_are(dtype: str, isa: str) -> None:
     n = c.size
     q, y = Placed(dtype, (n,), 2), Placed(dtype, (n,), 2)
     zero = np.zeros(n, np.float32)
-    run_grad(q, np.ones(n, np.int64), [zero, zero], [zero, zero, c], y, isa=isa)
+    ISAS[isa].row_grad(q, np.ones(n, np.int64), zero, zero, zero, zero, c, y)
     wanted, got = encode(c, dtype), np.ascontiguousarray(y.rows[:, 1])
     nan = np.isnan(c)
     np.testing.assert_array_equal(decode(got, dtype)[~nan], decode(wanted, dtype)[~nan])
@@ -351,3 +271,36 @@ def test_bad_arguments_are_named() -> None:
         call(threads=0)
     with pytest.raises(ValueError, match=r"isa is 'sse9', this CPU accepts .*baseline"):
         call(isa="sse9")
+
+
+def test_numbers_are_checked() -> None:
+    x = Placed("float32", (2,), 8).holding(np.zeros(8))
+    labels, out = Vector(np.zeros(2, np.int64)), poisoned((2,))
+    where_from = (*where(x), labels.address, out.address)
+    for scale in (0.0, -1.0, np.inf, np.nan, 1e39):
+        with pytest.raises(ValueError, match=r"logit_scale is .*, accepted are finite numbers > 0"):
+            _native.label_logit(*where_from, logit_scale=scale)
+    for cap in (-1.0, np.inf, np.nan):
+        with pytest.raises(
+            ValueError, match=r"softcap is .*, accepted are finite numbers > 0, and"
+        ):
+            _native.label_logit(*where_from, softcap=cap)
+    with pytest.raises(ValueError, match="label_logit is 0, a softcap needs it"):
+        _native.set_label(*where_from, softcap=3.0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinities_under_a_cap(isa: str) -> None:
+    """A cap turns both into its ends, with no gradient; a NaN stays one."""
+    cap = Readout(1.0, 4.0)
+    x, y = (Placed("float32", (3,), 20) for _ in range(2))
+    x.rows[...] = 1.0
+    x.rows[0, 3], x.rows[1, 3], x.rows[2, 3] = -np.inf, np.inf, np.nan
+    ones, labels = np.ones(3, np.float32), np.array([3, 3, 0])
+    kernels = ISAS[isa]
+    out = kernels.row_stats_grad(x, ones, ones, None, y, cap)
+    exact = Exact.of(cap.softcap * np.tanh(x.values[:2] / cap.softcap))
+    np.testing.assert_allclose(out[1][:2], exact.logsum, rtol=0, atol=60 * EPS)
+    assert np.abs(y.rows[:2, 3]).max() <= 2.0**-20  # 1 - tanh^2, where tanh has rounded to 1
+    assert np.isnan(y.rows[2]).all() and np.isnan(out[1][2])
+    assert kernels.row_stats(x, labels, readout=cap)[2][:2].tolist() == [-4.0, 4.0]

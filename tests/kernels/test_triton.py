@@ -1,4 +1,4 @@
-"""The Triton row kernels, interpreted, against float64 NumPy; both forms of the heavy one."""
+"""The Triton row kernels, interpreted: the contract for each form of the heavy one, and the rest."""
 
 from __future__ import annotations
 
@@ -6,29 +6,21 @@ import importlib.util
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from irl_ops.kernels.triton import dispatch
 from irl_ops.torch import triton as backend
 
-from .native_rows import (
-    CANARY,
-    DTYPES,
-    EPS,
-    Exact,
-    Placed,
-    close,
-    decode,
-    encode,
-    logits_for,
-)
+from .backend import Backend, Case, cases, logits_for
+from .exact import PLAIN, Exact, Readout
+from .memory import Placed, decode, encode
+from .readout_contract import ReadoutKernels
 
 pytestmark = [
     pytest.mark.skipif(
@@ -36,6 +28,7 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of kernels that a test calls by itself
 ]
+DTYPES = Backend.dtypes
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,178 +46,83 @@ FORMS: dict[str, Callable[[int], Any]] = {
 }
 
 
+class Constants:
+    """A kernel with more constants in each launch, which ``irl_ops.torch.triton`` does not set."""
+
+    def __init__(self, kernel: Any, **constants: Any) -> None:
+        self.kernel, self.constants = kernel, constants
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda *given, **more: self.kernel[grid](*given, **more, **self.constants)
+
+
 @contextmanager
-def formed(form: str, block: int = 64) -> Iterator[None]:
+def formed(form: str, block: int = 64, **constants: Any) -> Iterator[None]:
     """The heavy kernel in this form, the statistics in tiles as small, and blocks as small."""
+    load = backend._kernel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "row_stats_grad", lambda vocab, *_, **__: FORMS[form](vocab))
         patch.setattr(dispatch, "row_stats", lambda vocab, _: FORMS["two passes"](vocab))
         patch.setattr(dispatch, "row_grad", lambda _: dispatch.Block(block, 4))
+        if constants:
+            patch.setattr(backend, "_kernel", lambda *name: Constants(load(*name), **constants))
         yield
 
 
-def tensor(placed: Placed) -> Tensor:
+def tensor(rows: Placed | np.ndarray) -> Tensor:
     """The same memory."""
-    rows = placed.rows.view(np.int16) if placed.dtype == "bfloat16" else placed.rows
-    found = torch.from_numpy(rows)
-    return found.view(torch.bfloat16) if placed.dtype == "bfloat16" else found
+    if isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows)
+    if rows.dtype == "bfloat16":
+        return torch.from_numpy(rows.rows.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(rows.rows)
 
 
-def vectors(*arrays: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in arrays]
+class Triton(Backend):
+    label_dtypes = (np.int64, np.int32)
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def call(self, kernel: str, q: Placed, *given: Any, readout: Readout, **constants: Any) -> Any:
+        moved = [x if x is None or isinstance(x, bool) else tensor(x) for x in given]
+        if readout != PLAIN:
+            constants |= dict(SCALE=readout.logit_scale, SOFTCAP=readout.softcap or 0.0)
+        with formed(self.form, 64 if q.vocab < 5000 else 4096, **constants):
+            out = getattr(backend, kernel)(tensor(q), *moved)
+        return [None if x is None else x.numpy() for x in out] if isinstance(out, tuple) else out
+
+    def row_stats(self, q, labels, entropy=True, readout=PLAIN):
+        return self.call("row_stats", q, labels, entropy, readout=readout)
+
+    def row_grad(self, q, labels, row_max, logsum, a, b, c, y, readout=PLAIN):
+        self.call("row_grad", q, labels, row_max, logsum, a, b, c, y, readout=readout)
+
+    def row_stats_grad(self, q, alpha, beta, weight, y, readout=PLAIN):
+        return self.call("row_stats_grad", q, alpha, beta, weight, y, readout=readout)
+
+    def label_logit(self, q, labels, readout=PLAIN):
+        return self.call("label_logit", q, labels, readout=readout).numpy()
+
+    def set_label(self, y, labels, elements, readout=PLAIN, label_logit=None):
+        given = {} if label_logit is None else {"label_logit": tensor(label_logit)}
+        self.call("set_label_", y, labels, elements, readout=readout, **given)
 
 
-def check_all(q: Placed, y: Placed, labels: np.ndarray, form: str, seed: int = 0) -> None:
-    """Every kernel on these logits against float64."""
-    rng = np.random.default_rng(seed)
-    values = decode(q.rows, q.dtype)
-    exact = Exact.of(values)
-    tolerance = exact.statistics_tolerance()
-    logits, dlogits, of_rows = tensor(q), tensor(y), torch.from_numpy(labels)
+class TestTriton(ReadoutKernels, examples=60):
+    forms: ClassVar = {form: Triton(form) for form in FORMS}
+    cases = (*cases(1, 2, 8, 17, 64, 1000), Case((2,), 50257), Case((2,), 151936))
+    readouts = (Readout(1.0, 30.0), Readout(0.25, 5.0), Readout(1.5))
+    certain_batches = 1
+    shapes = st.builds(
+        Case,
+        st.lists(st.integers(1, 3), max_size=3).map(tuple),
+        st.integers(1, 200) | st.sampled_from([128, 256]),
+    )
 
-    with formed(form):
-        row_max, logsum, picked, entropy = backend.row_stats(logits, of_rows, True)
-    np.testing.assert_array_equal(row_max, exact.row_max)
-    assert (np.abs(logsum.numpy() - exact.logsum) <= tolerance).all()
-    assert (np.abs(entropy.numpy() - exact.entropy) <= tolerance).all()
-    wanted = np.take_along_axis(values, np.clip(labels, 0, q.vocab - 1)[..., None], -1)[..., 0]
-    wanted = np.where(labels < 0, 0.0, np.where(labels >= q.vocab, np.nan, wanted))
-    np.testing.assert_array_equal(picked, wanted)
-    np.testing.assert_array_equal(backend.label_logit(logits, of_rows), wanted)
-
-    # coefficients with zeros among them: no A, no B, neither
-    a, b, c = (rng.standard_normal(q.sizes).astype(np.float32) for _ in range(3))
-    a.flat[::3], b.flat[::2], a.flat[4:5], b.flat[4:5] = 0, 0, 0, 0
-    with formed(form, block=64 if q.vocab < 5000 else 4096):
-        backend.row_grad(logits, of_rows, row_max, logsum, *vectors(a, b, c), dlogits)
-    at_label = (np.arange(q.vocab) == labels[..., None]) * c[..., None]
-    bound = exact.gradient_tolerance(a, b, np.zeros(q.sizes))
-    close(y.rows, y.dtype, exact.gradient(a, b) + at_label, bound + EPS * np.abs(at_label))
-    assert y.untouched_outside() and q.untouched_outside()
-
-    for weight in (None, b):
-        y.rows.view(np.uint8)[...] = CANARY
-        given = [*vectors(a, c), None if weight is None else vectors(weight)[0]]
-        with formed(form):
-            out = backend.row_stats_grad(logits, *given, dlogits)
-        np.testing.assert_array_equal(out[0], exact.row_max)
-        assert (np.abs(out[1].numpy() - exact.logsum) <= tolerance).all()
-        w = np.zeros(q.sizes) if weight is None else weight.astype(np.float64)
-        if weight is not None:
-            assert (np.abs(out[2].numpy() - exact.entropy) <= tolerance).all()
-        total = a + c * (exact.row_max + exact.logsum) + w * exact.entropy
-        a_error = tolerance * (np.abs(c) + np.abs(w)) + 2 * EPS * np.abs(total)
-        bound = exact.gradient_tolerance(total, w, a_error)
-        close(y.rows, y.dtype, exact.gradient(total, w), bound)
-        assert (decode(y.rows, y.dtype)[np.isneginf(values)] == 0).all()
-        assert y.untouched_outside() and q.untouched_outside()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("vocab", [1, 2, 8, 17, 64, 1000, 50257, 151936])
-def test_kernels_match_float64(vocab: int, form: str, dtype: str) -> None:
-    sizes = (2, 3) if vocab < 10_000 else (2,)
-    q = Placed(dtype, sizes, vocab, start=3, gap=5)
-    q.rows[...] = logits_for(vocab, sizes, vocab, dtype, scale=4.0)
-    labels = np.random.default_rng(vocab).integers(0, vocab, sizes)
-    labels.flat[:2] = [-100, vocab]
-    check_all(q, Placed(dtype, sizes, vocab, start=1, gap=2), labels, form)
-
-
-@given(data=st.data())
-@settings(max_examples=60)
-def test_kernels_match_float64_anywhere(data: st.DataObject) -> None:
-    """Random shapes, strides, alignments, spreads and offsets."""
-    draw = data.draw
-    dtype, form = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(sorted(FORMS)))
-    sizes = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
-    vocab = draw(st.integers(1, 200) | st.sampled_from([128, 256]))
-    start, gap = draw(st.integers(0, 20)), draw(st.integers(0, 20))
-    q = Placed(dtype, sizes, vocab, start, gap)
-    alike = draw(st.booleans())  # the gradient's rows start as far from a boundary, or they do not
-    start, gap = (start, gap) if alike else (draw(st.integers(0, 20)), draw(st.integers(0, 20)))
-    y = Placed(dtype, sizes, vocab, start, gap)
-    seed = draw(st.integers(0, 2**32 - 1))
-    # a spread of 60 reaches probabilities that are subnormal, and 0
-    q.rows[...] = logits_for(
-        seed, sizes, vocab, dtype, draw(st.sampled_from([0.0, 1.0, 60.0])),
-        draw(st.sampled_from([0.0, -300.0, 1e4])),
-    )  # fmt: skip
-    labels = np.random.default_rng(seed).integers(-2, vocab + 2, sizes)
-    check_all(q, y, labels, form, seed)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", ["ascending", "descending", "one peak late"])
-def test_the_running_maximum_may_move(order: str, form: str) -> None:
-    """In every tile, in the first only, and by a factor beyond float32."""
-    ramp = np.linspace(-50, 50, 999)
-    peak = np.where(np.arange(999) == 997, 150.0, np.sin(ramp))
-    q = Placed("float32", (1,), 999)
-    q.rows[...] = {"ascending": ramp, "descending": ramp[::-1], "one peak late": peak}[order]
-    check_all(q, Placed("float32", (1,), 999), np.zeros(1, np.int64), form)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_offset_loses_nothing(form: str) -> None:
-    """value = row_max + logsum is kept as two numbers, so logsum ignores a common offset."""
-    near, far = Placed("float32", (2,), 300), Placed("float32", (2,), 300)
-    far.rows[...] = logits_for(1, (2,), 300, "float32", scale=50.0, offset=1e4)
-    near.rows[...] = far.rows - np.float32(1e4)  # exact
-    one, y = torch.ones(2), torch.empty(2, 300)
-    for entropy_weight in (None, one):
-        gradients = []
-        for q in (near, far):
-            with formed(form):
-                out = backend.row_stats_grad(tensor(q), one, 0 * one, entropy_weight, y)
-            gradients.append([*out[1:], y.clone()])
-        for a, b in zip(*gradients, strict=True):
-            assert a is None or torch.equal(a, b)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [17, 331])
-def test_in_place_is_the_same(vocab: int, dtype: str, form: str) -> None:
-    alpha, beta, weight = vectors(*np.random.default_rng(vocab).standard_normal((3, 4)))
-    for w in (None, weight):
-        q, y = (Placed(dtype, (4,), vocab, start=7, gap=3) for _ in range(2))
-        q.rows[...] = logits_for(vocab, (4,), vocab, dtype, 3.0)
-        with formed(form):
-            apart = backend.row_stats_grad(tensor(q), alpha, beta, w, tensor(y))
-            within = backend.row_stats_grad(tensor(q), alpha, beta, w, tensor(q))
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(within, apart, strict=True))
-        np.testing.assert_array_equal(q.rows, y.rows)
-        assert q.untouched_outside()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_that_are_no_distributions(form: str) -> None:
-    """One finite logit; none at all; inf; NaN. Then the same with nothing to compute."""
-    q = torch.full((5, 70), -torch.inf)
-    q[0], q[1, 33], q[3, 5], q[4, 69] = 0.5, 2.0, torch.inf, torch.nan
-    one, labels, y = torch.ones(5), torch.full((5,), -1), torch.empty(5, 70)
-    with formed(form):
-        row_max, logsum, _, entropy = backend.row_stats(q, labels, True)
-        assert row_max[:3].tolist() == [0.5, 2.0, -torch.inf]
-        assert logsum[1] == 0 and logsum[2] == -torch.inf
-        assert entropy[1] == entropy[2] == 0
-        broken = row_max + logsum
-        assert broken[3:].isnan().all() and entropy[3:].isnan().all()
-        for w in (None, one):
-            backend.row_stats_grad(q, one, 0 * one, w, y)
-            assert y[1, 33] == 1 and y[1].count_nonzero() == 1 and not y[2].any()
-            assert y[4, 69].isnan() and y[3, 5].isnan()
-            backend.row_stats_grad(q, 0 * one, 0 * one, None if w is None else 0 * w, y)
-            assert not y.any()
-            poisoned = torch.full((5,), torch.nan)  # NaN factors, silenced by coefficients of 0
-            backend.row_stats_grad(q, 0 * one, 0 * one, None if w is None else 0 * w, y)
-            assert not y.any()
-        backend.row_grad(q, labels, poisoned, poisoned, 0 * one, 0 * one, one, y)
-        assert not y.any()
-        backend.row_grad(q, labels, row_max, logsum, one, one, one, y)
-        assert not y[2].any() and y[1].count_nonzero() == 1
+    def serves(self, form: str, dtype: str, case: Case) -> bool:
+        """Of the long rows one kind a form: the loops over tiles see only float32."""
+        return case.vocab < 10_000 or dtype == ("bfloat16" if case.vocab % 2 else "float16")
 
 
 @contextmanager
@@ -249,7 +147,7 @@ def addresses_read() -> Iterator[set[int]]:
 def test_nothing_else_is_read(dtype: str, form: str) -> None:
     """Not a byte beside the rows; rows without a coefficient or a need not at all."""
     q = Placed(dtype, (4,), 101, start=3, gap=9)
-    q.rows[...] = logits_for(0, (4,), 101, dtype, 2.0)
+    q.holding(logits_for(0, (4,), 101, 2.0))
     logits, y, one = tensor(q), torch.empty(4, 101, dtype=TORCH[dtype]), torch.ones(4)
     itemsize, pitch = logits.itemsize, 110 * logits.itemsize
     buffer = range(q.buffer.ctypes.data, q.buffer.ctypes.data + q.buffer.nbytes)
@@ -279,22 +177,15 @@ def test_nothing_else_is_read(dtype: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_single_elements(dtype: str) -> None:
-    """set_label_ rounds once, writes where labels are good and nowhere else; scale_ rounds once."""
+def test_scale(dtype: str) -> None:
+    """Rounds once, and returns at once where the factor is 1."""
     y = Placed(dtype, (2, 3), 37, start=5, gap=4)
-    y.rows[...] = logits_for(0, (2, 3), 37, dtype, 2.0)
+    y.holding(logits_for(0, (2, 3), 37, 2.0))
     before = y.rows.copy()
-    labels = np.array([[0, 36, 37], [-1, 5, 2**31 - 1]])
-    elements = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
-    backend.set_label_(tensor(y), torch.from_numpy(labels), torch.from_numpy(elements))
-    wanted = before.copy()
-    for place in ((0, 0), (0, 1), (1, 1)):
-        wanted[*place, labels[place]] = encode(elements[place], dtype)
-    np.testing.assert_array_equal(y.rows, wanted)
     backend.scale_(tensor(y), torch.tensor(1.0))
-    np.testing.assert_array_equal(y.rows, wanted)
+    np.testing.assert_array_equal(y.rows, before)
     backend.scale_(tensor(y), torch.tensor(0.3333))
-    scaled = encode(decode(wanted, dtype).astype(np.float32) * np.float32(0.3333), dtype)
+    scaled = encode(decode(before, dtype).astype(np.float32) * np.float32(0.3333), dtype)
     np.testing.assert_array_equal(y.rows, scaled)
     assert y.untouched_outside()
 
