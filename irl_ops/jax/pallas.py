@@ -118,16 +118,19 @@ def _widened(logits: jax.Array) -> jax.Array:
 def _operation(
     plain: Function, kernel: Callable[[Generation, bool, str], Function | None]
 ) -> Function:
-    """``kernel`` may answer None: XLA's own code serves."""
+    """``kernel`` may answer None: XLA's own code serves, as it does where there are no rows."""
 
     def compiled(ctx: Any) -> Function:
-        if ctx.avals_in[0].shape[-1] % LANES or private.partitions(ctx) > 1:
+        *leading, vocab = ctx.avals_in[0].shape
+        if 0 in leading or vocab % LANES or private.partitions(ctx) > 1:
             return plain
         target = device(ctx, "tpu")
         of = SMALLEST if target is None else generation(target.device_kind)
         return kernel(of, False, ctx.avals_in[0].dtype.name) or plain
 
     def interpreted(ctx: Any) -> Function:
+        if 0 in ctx.avals_in[0].shape[:-1]:
+            return plain
         return kernel(INTERPRETED_AS, True, ctx.avals_in[0].dtype.name) or plain
 
     return operation(plain, tpu=compiled, cpu=interpreted)

@@ -1,4 +1,4 @@
-"""The C++ row kernels in JAX programs on a CPU, against the reference kernels in float64 NumPy."""
+"""The C++ row kernels in JAX programs on a CPU: the contract, and who calls them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental
@@ -19,14 +20,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from irl_ops import _native
 from irl_ops.jax import callback, native, private
-from irl_ops.kernels import reference
 
-from ..kernels.native_rows import DTYPES, EPS, Exact, close, decode, encode, logits_for
+from ..kernels.backend import Backend, Case, cases, logits_for, vectors_for
+from ..kernels.contract import RowKernels
+from ..kernels.exact import Arithmetic
+from ..kernels.memory import Placed, encode
 
 ROOT = Path(__file__).resolve().parents[2]
+DTYPES = Backend.dtypes
 CALLERS = ["xla", "python"]
 
 
@@ -49,9 +54,63 @@ def to_jax(stored: np.ndarray) -> np.ndarray:
 
 
 def from_jax(x: Any) -> np.ndarray:
-    """bfloat16 as the bits that native_rows carries."""
+    """bfloat16 as the bits that NumPy carries."""
     array = np.asarray(x)
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+class Called(Backend):
+    """By XLA itself, or by a callback; each program is compiled once."""
+
+    label_dtypes = (np.int32, np.int64)
+    rounds = Arithmetic(step=2.0**-126)  # XLA's threads flush what is subnormal to 0
+
+    def __init__(self, caller: str) -> None:
+        self.caller = caller
+
+    @functools.cache  # noqa: B019, the few that there are live as long as the tests
+    def program(self, kernel: str, entropy: bool = False) -> Any:
+        chosen = getattr(native, kernel)
+        return jax.jit(functools.partial(chosen, entropy=True) if entropy else chosen)
+
+    def call(self, kernel: str, q: Placed, *given: np.ndarray, entropy: bool = False) -> Any:
+        # who calls is decided when a program is lowered
+        wide = any(x.dtype == np.int64 for x in given)
+        with pytest.MonkeyPatch.context() as patch, wide_integers(np.int64 if wide else None):
+            let_call(self.caller, patch)
+            out = self.program(kernel, entropy)(to_jax(np.ascontiguousarray(q.rows)), *given)
+        return [None if x is None else from_jax(x) for x in (out if type(out) is tuple else (out,))]
+
+    def row_stats(self, q, labels, entropy=True, readout=None):
+        return self.call("row_stats", q, labels, entropy=entropy)
+
+    def row_grad(self, q, labels, row_max, logsum, a, b, c, y, readout=None):
+        (y.rows[...],) = self.call("row_grad", q, labels, row_max, logsum, a, b, c)
+
+    def row_stats_grad(self, q, alpha, beta, weight, y, readout=None):
+        given = (alpha, beta, weight)[: 2 + (weight is not None)]
+        *out, y.rows[...] = self.call("row_stats_grad", q, *given)
+        return out
+
+    def label_logit(self, q, labels, readout=None):
+        return self.call("label_logit", q, labels)[0]
+
+    def set_label(self, y, labels, elements, readout=None, label_logit=None):
+        (y.rows[...],) = self.call("set_label", y, labels, elements)
+
+
+class TestCalledByJax(RowKernels, examples=20):
+    forms: ClassVar = {caller: Called(caller) for caller in CALLERS}
+    # V, and any leading axes
+    cases = (
+        *cases(1, 2, 17, 50257),
+        Case((), 70),
+        Case((1,), 70),
+        Case((4, 1), 70),
+        Case((2, 3, 2), 70),
+    )
+    wide = 2101
+    shapes = st.sampled_from(cases[2:-1])  # compiled already
 
 
 def kernels(q: Any, labels: Any, a: Any, b: Any, c: Any) -> dict[str, tuple[Any, ...]]:
@@ -59,11 +118,8 @@ def kernels(q: Any, labels: Any, a: Any, b: Any, c: Any) -> dict[str, tuple[Any,
     row_max, logsum, picked, entropy = native.row_stats(q, labels, entropy=True)
     return {
         "row_stats": (row_max, logsum, picked, entropy),
-        "row_stats without entropy": native.row_stats(q, labels)[:3],
         "row_grad": (native.row_grad(q, labels, row_max, logsum, a, b, c),),
         "row_stats_grad": native.row_stats_grad(q, a, c, b),
-        "row_stats_grad without entropy": native.row_stats_grad(q, a, c),
-        "label_logit": (native.label_logit(q, labels),),
         "set_label": (native.set_label(q, labels, c),),
     }
 
@@ -79,136 +135,6 @@ def wide_integers(dtype: Any) -> AbstractContextManager[Any]:
     return home.enable_x64(True) if dtype == np.int64 else nullcontext()
 
 
-def vectors(sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
-    """Coefficients a, b, c with zeros among them: no A, no B, neither."""
-    rng = np.random.default_rng(seed)
-    a, b, c = (np.array(rng.standard_normal(sizes), np.float32) for _ in range(3))
-    a.flat[::3], b.flat[::2], a.flat[4:5], b.flat[4:5] = 0, 0, 0, 0
-    return [a, b, c]
-
-
-@np.errstate(invalid="ignore")  # the reference multiplies 0 by inf, and then selects
-def check(stored: np.ndarray, dtype: str, labels: np.ndarray) -> None:
-    """Every kernel on logits whose rows have mass."""
-    sizes, vocab = stored.shape[:-1], stored.shape[-1]
-    a, b, c = vectors(sizes, vocab)
-    with wide_integers(labels.dtype):
-        got = compiled(kernels, to_jax(stored), labels, a, b, c)
-    values = decode(stored, dtype)
-    exact = Exact.of(values)
-    tolerance = exact.statistics_tolerance()
-    wide = [x.astype(np.float64) for x in (a, b, c)]
-
-    wanted = reference.row_stats(values, labels, entropy=True)
-    for name, count in (("row_stats", 4), ("row_stats without entropy", 3)):
-        bounds = [0 * tolerance, tolerance, 0 * tolerance, tolerance]
-        for x, y, bound in zip(got[name], wanted[:count], bounds[:count], strict=True):
-            assert x.dtype == np.float32 and x.shape == sizes
-            np.testing.assert_array_equal(np.isnan(x), np.isnan(y))  # of bad labels
-            assert (np.nan_to_num(np.abs(x - y)) <= bound).all()
-    np.testing.assert_array_equal(got["label_logit"][0], wanted[2])
-
-    (dlogits,) = got["row_grad"]
-    gradient = reference.row_grad(values, labels, exact.row_max, exact.logsum, *wide)
-    bound = exact.gradient_tolerance(a, b, np.zeros(sizes))
-    at_label = (np.arange(vocab) == labels[..., None]) * np.abs(c[..., None])
-    assert dlogits.dtype == to_jax(stored).dtype
-    close(from_jax(dlogits), dtype, gradient, bound + EPS * at_label)
-
-    for name, weight in (("row_stats_grad", b), ("row_stats_grad without entropy", None)):
-        row_max, logsum, entropy, dlogits = got[name]
-        np.testing.assert_array_equal(row_max, wanted[0])
-        assert (np.abs(logsum - wanted[1]) <= tolerance).all()
-        assert (entropy is None) == (weight is None)
-        if weight is not None:
-            assert (np.abs(entropy - wanted[3]) <= tolerance).all()
-        w = np.zeros(sizes) if weight is None else wide[1]
-        gradient = reference.row_stats_grad(
-            values, wide[0], wide[2], None if weight is None else w
-        )[3]
-        total = a + c * (exact.row_max + exact.logsum) + w * exact.entropy
-        a_error = tolerance * (np.abs(c) + np.abs(w)) + 2 * EPS * np.abs(total)
-        close(from_jax(dlogits), dtype, gradient, exact.gradient_tolerance(total, w, a_error))
-
-    written = stored.copy()
-    good = (labels >= 0) & (labels < vocab)
-    at = np.clip(labels, 0, vocab - 1)[..., None]
-    kept = np.take_along_axis(written, at, -1)
-    np.put_along_axis(written, at, np.where(good[..., None], encode(c, dtype)[..., None], kept), -1)
-    assert from_jax(got["set_label"][0]).tobytes() == written.tobytes()
-
-
-@pytest.mark.parametrize("labels_dtype", [np.int32, np.int64])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [1, 2, 17, 50257])
-def test_kernels_match_float64(vocab: int, dtype: str, labels_dtype: Any, caller: str) -> None:
-    sizes = (2, 3) if vocab < 10_000 else (3,)
-    labels = np.random.default_rng(vocab).integers(0, vocab, sizes).astype(labels_dtype)
-    labels.flat[:2] = [-100, vocab]
-    check(logits_for(vocab, sizes, vocab, dtype, scale=4.0), dtype, labels)
-
-
-@pytest.mark.parametrize("sizes", [(), (1,), (4, 1), (2, 3, 2)])
-def test_any_leading_axes(sizes: tuple[int, ...], caller: str) -> None:
-    labels = np.random.default_rng(0).integers(0, 70, sizes, np.int32)
-    check(logits_for(1, sizes, 70, "float32", scale=4.0), "float32", np.asarray(labels))
-
-
-@pytest.mark.parametrize("sizes", [(0,), (2, 0)])
-def test_no_rows(sizes: tuple[int, ...], caller: str) -> None:
-    empty, labels = np.zeros(sizes, np.float32), np.zeros(sizes, np.int32)
-    got = compiled(kernels, np.zeros((*sizes, 5), np.float32), labels, empty, empty, empty)
-    assert all(x.shape[: len(sizes)] == sizes for x in jax.tree.leaves(got))
-
-
-def test_labels_beyond_32_bits_are_bad(caller: str) -> None:
-    """Cut to 32 bits, 2^32 + 3 would be a good label."""
-    labels = np.array([2**32 + 3, -(2**32) + 3], np.int64)
-    check(logits_for(0, (2,), 70, "float32", scale=1.0), "float32", labels)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_without_mass(dtype: str, caller: str) -> None:
-    stored = encode(np.full((2, 70), -np.inf), dtype)
-    one, labels = np.ones(2, np.float32), np.array([-1, 5], np.int32)
-    got = compiled(kernels, to_jax(stored), labels, one, one, one)
-    for name in ("row_stats", "row_stats_grad"):
-        assert (np.stack(got[name][:2]) == -np.inf).all()
-    np.testing.assert_array_equal(got["row_stats"][2], [0, -np.inf])
-    assert (got["row_stats"][3] == 0).all() and (got["row_stats_grad"][2] == 0).all()
-    for name in ("row_stats_grad", "row_stats_grad without entropy"):
-        assert (decode(from_jax(got[name][3]), dtype) == 0).all()
-    gradient = np.zeros((2, 70))
-    gradient[1, 5] = 1
-    np.testing.assert_array_equal(decode(from_jax(got["row_grad"][0]), dtype), gradient)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_nobody_needs(dtype: str, caller: str) -> None:
-    """alpha = -inf: nothing of the row is read, and everything is 0; the next row is as ever."""
-    stored = logits_for(0, (2, 100), 100, dtype, 3.0)[:2, 0].copy()
-    stored[0] = encode(np.full(100, np.nan), dtype)
-    alpha, one = np.array([-np.inf, 1], np.float32), np.ones(2, np.float32)
-    for weight in ((), (one,)):
-        row_max, logsum, entropy, dlogits = compiled(
-            native.row_stats_grad, to_jax(stored), alpha, one, *weight
-        )
-        assert row_max[0] == 0 and logsum[0] == 0 and (entropy is None or entropy[0] == 0)
-        gradient = decode(from_jax(dlogits), dtype)
-        assert not gradient[0].any() and np.isfinite(gradient[1]).all() and gradient[1].any()
-
-
-def test_nan_propagates_in_rows_that_are_read(caller: str) -> None:
-    stored = np.zeros((2, 2101), np.float32)
-    stored[0, 2100] = np.nan
-    one, labels = np.ones(2, np.float32), np.zeros(2, np.int32)
-    got = compiled(kernels, stored, labels, one, one, one)
-    assert np.isnan(got["row_stats"][0][0] + got["row_stats"][1][0])
-    for name in ("row_grad", "row_stats_grad", "row_stats_grad without entropy"):
-        gradient = got[name][-1]
-        assert np.isnan(gradient[0]).all() and np.isfinite(gradient[1]).all()
-
-
 def bits(tree: Any) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
@@ -217,7 +143,7 @@ def bits(tree: Any) -> list[bytes]:
 def test_callers_and_threads_change_no_bit(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # 7 threads get a part each only above 7 * 2^17 elements; XLA brings as many as there are cores
     stored = encode(np.random.default_rng(0).standard_normal((30, 32_003)) * 3, dtype)
-    given = (to_jax(stored), np.arange(30, dtype=np.int32) * 1000, *vectors((30,), 0))
+    given = (to_jax(stored), np.arange(30, dtype=np.int32) * 1000, *vectors_for(0, (30,)))
     results = []
     for caller, threads in (("python", 1), ("python", 7), ("xla", None)):
         with monkeypatch.context() as patched:
@@ -291,8 +217,8 @@ def test_many_programs_at_once_finish(
 
 @pytest.mark.parametrize("kernel", ["row_grad", "row_stats_grad", "set_label"])
 def test_logits_that_live_on_stay_as_they_are(kernel: str, caller: str) -> None:
-    stored = logits_for(0, (4,), 2049, "float32", 3.0)
-    q, labels, (a, b, c) = jnp.asarray(stored), np.arange(4, dtype=np.int32), vectors((4,), 0)
+    stored = encode(logits_for(0, (4,), 2049, 3.0), "float32")
+    q, labels, (a, b, c) = jnp.asarray(stored), np.arange(4, dtype=np.int32), vectors_for(0, (4,))
 
     def run(q: Any) -> Any:
         return kernels(q, labels, a, b, c)[kernel][-1]
@@ -304,7 +230,7 @@ def test_logits_that_live_on_stay_as_they_are(kernel: str, caller: str) -> None:
 
 def test_dead_logits_give_their_memory_to_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     let_call("xla", monkeypatch)
-    q = jnp.asarray(logits_for(0, (4,), 2049, "float32", 3.0)) + 0
+    q = jnp.asarray(encode(logits_for(0, (4,), 2049, 3.0), "float32")) + 0
     one, address = jnp.ones(4), q.unsafe_buffer_pointer()
     wanted = np.asarray(native.row_stats_grad(q, one, one)[3])
     step = jax.jit(lambda q: native.row_stats_grad(q, one, one)[3], donate_argnums=0)

@@ -56,6 +56,9 @@ class Case(NamedTuple):
     sizes: tuple[int, ...]
     vocab: int
 
+    def __str__(self) -> str:
+        return "x".join(map(str, (*self.sizes, self.vocab)))
+
 
 def cases(*vocabs: int) -> tuple[Case, ...]:
     """Several rows along two axes; of long ones, few."""

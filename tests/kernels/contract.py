@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .backend import Array, Backend, Case, cases, check, labels_for, logits_for, vectors_for
+from .exact import PLAIN, Readout
 from .memory import Placed, decode, encode
+
+
+def parametrize(
+    tests: RowKernels, metafunc: pytest.Metafunc, last: str, chosen: list[tuple[Any, ...]]
+) -> None:
+    """By form, dtype and perhaps one more."""
+    names = ["kernels", "dtype", *filter(None, [last])]
+    values = [(tests.forms[form], *rest) for form, *rest in chosen]
+    metafunc.parametrize(names, values, ids=["-".join(map(str, given)) for given in chosen])
 
 
 class RowKernels:
@@ -31,6 +41,7 @@ class RowKernels:
         Case, st.lists(st.integers(1, 3), max_size=3).map(tuple), st.integers(1, 200)
     )
     random_forms: ClassVar[Sequence[str] | None] = None  # all
+    random_readouts: ClassVar[Sequence[Readout]] = (PLAIN,)
 
     def __init_subclass__(cls, examples: int = 50) -> None:
         """A property test of its own for each class: Hypothesis notes examples by the function."""
@@ -45,26 +56,21 @@ class RowKernels:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = set(metafunc.fixturenames)
         if "case" in names:
-            chosen = [
-                (kernels, dtype, case)
-                for kernels, dtype in self.all_forms()
-                for case in self.cases
-                if self.serves(kernels, dtype, case)
-            ]
-            ids = [f"{f}-{d}-{'x'.join(map(str, c.sizes))}x{c.vocab}" for f, d, c in chosen]
-            values = [(self.forms[f], d, c) for f, d, c in chosen]
-            metafunc.parametrize(("kernels", "dtype", "case"), values, ids=ids)
-        elif "kernels" in names:
-            both = self.all_forms()
-            values = [(self.forms[f], d) for f, d in both]
-            metafunc.parametrize(("kernels", "dtype"), values, ids=[f"{f}-{d}" for f, d in both])
+            parametrize(self, metafunc, "case", self.numbers())
+        elif "kernels" in names and not {"readout", "cap"} & names:
+            parametrize(self, metafunc, "", [(*chosen,) for chosen in self.edge_forms()])
 
     def all_forms(self) -> list[tuple[str, str]]:
+        """With each dtype."""
         return [(form, d) for form, kernels in self.forms.items() for d in kernels.dtypes]
 
-    def serves(self, form: str, dtype: str, case: Case) -> bool:
-        """Whether this form is tested on such rows; all are, unless that takes long."""
-        return True
+    def numbers(self) -> list[tuple[str, str, Case]]:
+        """Which rows each form is tested on; not all where that takes long."""
+        return [(form, dtype, case) for form, dtype in self.all_forms() for case in self.cases]
+
+    def edge_forms(self) -> list[tuple[str, str]]:
+        """Of the other tests; not all where they take long, but each form and each dtype."""
+        return self.all_forms()
 
     # --- Numbers ---
 
@@ -91,16 +97,15 @@ class RowKernels:
         scale = draw(st.sampled_from([0.0, 1.0, 60.0]))
         q.holding(logits_for(seed, *case, scale, draw(st.sampled_from([0.0, -300.0, 1e4]))))
         labels = labels_for(seed, *case, draw(st.sampled_from(kernels.label_dtypes)))
-        check(kernels, q, y, labels, seed)
+        check(kernels, q, y, labels, seed, draw(st.sampled_from(self.random_readouts)))
 
-    @pytest.mark.parametrize("order", ["ascending", "descending", "one peak late"])
-    def test_the_running_maximum_may_move(self, kernels: Backend, dtype: str, order: str) -> None:
+    def test_the_running_maximum_may_move(self, kernels: Backend, dtype: str) -> None:
         """In every block, in the first only, and by a factor beyond float32."""
         ramp = np.linspace(-50, 50, self.wide)
         peak = np.where(np.arange(self.wide) == self.wide - 2, 150.0, np.sin(ramp))
-        row = {"ascending": ramp, "descending": ramp[::-1], "one peak late": peak}[order]
         q, y = (Placed(dtype, (9,), self.wide) for _ in range(2))
-        check(kernels, q.holding(row), y, np.zeros(9, kernels.label_dtypes[0]), 0)
+        q.holding(np.stack([ramp, ramp[::-1], peak] * 3))
+        check(kernels, q, y, np.zeros(9, kernels.label_dtypes[0]), 0)
 
     def test_an_offset_loses_nothing(self, kernels: Backend, dtype: str) -> None:
         """value = row_max + logsum is kept as two numbers, so logsum ignores a common offset."""

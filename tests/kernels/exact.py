@@ -23,13 +23,14 @@ class Arithmetic:
     """How a backend rounds.
 
     A number of ``chain`` stands for as many roundings that follow one another: the additions to
-    one lane of a sum, and what exp and log are off by beyond two units in the last place. Numbers
-    below ``step`` may be lost.
+    one lane of a sum, and what exp and log are off by beyond two units in the last place. log p is
+    rounded ``reach`` times before it is an exponent. Numbers below ``step`` may be lost.
     """
 
     eps: float = EPS
     lanes: float = np.inf
     more: float = 0.0
+    reach: float = 2.0
     step: float = 2.0**-148
 
     def chain(self, vocab: int) -> float:
@@ -151,14 +152,14 @@ class Exact:
         return inherited + 2 * self.rounds.eps * sizes
 
     def gradient_error(self, a: np.ndarray, b: np.ndarray, a_error: np.ndarray) -> np.ndarray:
-        """Log p is rounded twice, and p inherits that relatively; so it does an error of q.
+        """Log p is rounded, and p inherits that relatively; so it does an error of q.
 
         The last term is the step of subnormal numbers.
         """
         eps, reach = self.rounds.eps, np.abs(self.logp)
         chain = self.rounds.chain(self.q.shape[-1])
         sums = (2 + chain) * np.abs(self.logsum)[..., None]
-        logp_error = eps * (2 * reach + sums + 16 + chain)
+        logp_error = eps * (self.rounds.reach * reach + sums + 16 + chain)
         size = np.abs(a)[..., None] + np.abs(b[..., None] * self.logp)
         inner = a_error[..., None] + np.abs(b)[..., None] * logp_error + 4 * eps * size
         error = self.p * (size * logp_error + inner) + self.rounds.step * (1 + size)

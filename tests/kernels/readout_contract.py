@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from .backend import Array, Backend, check, labels_for
-from .contract import RowKernels
+from .contract import RowKernels, parametrize
 from .exact import PLAIN, Exact, Readout
 from .memory import Placed
 
@@ -18,18 +18,27 @@ class ReadoutKernels(RowKernels):
     """What backends have to do that take a Readout, beside the rest of the contract."""
 
     readouts: ClassVar[Sequence[Readout]] = (
-        Readout(0.0625), Readout(3.0), Readout(1.0, 30.0), Readout(0.5, 8.0), Readout(2.0, 1e4)
-    )  # fmt: skip
+        PLAIN,
+        Readout(0.0625),
+        Readout(3.0),
+        Readout(1.0, 30.0),
+        Readout(0.5, 8.0),
+        Readout(2.0, 1e4),
+    )
     readout_vocabs: ClassVar[Sequence[int]] = (331,)
     certain_batches: ClassVar[int] = 5
     masked_stays_masked: ClassVar[bool] = True  # whether -inf is -inf under a soft cap
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         super().pytest_generate_tests(metafunc)
+        chosen = self.readout_forms()
         if "readout" in metafunc.fixturenames:
-            metafunc.parametrize("readout", self.readouts, ids=str)
+            parametrize(self, metafunc, "readout", chosen)
         if "cap" in metafunc.fixturenames:
-            metafunc.parametrize("cap", [r for r in self.readouts if r.softcap], ids=str)
+            parametrize(self, metafunc, "cap", [given for given in chosen if given[2].softcap])
+
+    def readout_forms(self) -> list[tuple[str, str, Readout]]:
+        return [(*chosen, readout) for chosen in self.edge_forms() for readout in self.readouts]
 
     def spread(self, vocab: int, readout: Readout) -> Array:
         """From 0 to beyond what saturates each of the caps; some columns are masked."""
@@ -60,10 +69,9 @@ class ReadoutKernels(RowKernels):
             x = rng.standard_normal(q.rows.shape) - 100
             x[..., 7] = rng.uniform(1, 90, sizes)
             labels = np.full(sizes, 7, kernels.label_dtypes[0])
-            for given in (readout, PLAIN):
-                row_max, logsum, picked, _ = kernels.row_stats(q.holding(x), labels, readout=given)
-                assert (logsum >= 0).all()
-                np.testing.assert_array_equal(picked, row_max)
+            row_max, logsum, picked, _ = kernels.row_stats(q.holding(x), labels, readout=readout)
+            assert (logsum >= 0).all()
+            np.testing.assert_array_equal(picked, row_max)
 
     def test_ends_of_a_cap(self, kernels: Backend, dtype: str, cap: Readout) -> None:
         """+inf becomes the cap and gets no gradient, -inf stays -inf, and a NaN stays one."""
@@ -106,6 +114,6 @@ class ReadoutKernels(RowKernels):
         for weight in (None, zero):
             kernels.row_stats_grad(q, zero, zero, weight, y, cap)
             assert not y.values.any()
-        for given in ((row_max, logsum), (zero * np.nan, zero * np.nan)):
-            kernels.row_grad(q, labels, *given, zero, zero, zero, y, cap)
+        for statistics in ((row_max, logsum), (zero * np.nan, zero * np.nan)):
+            kernels.row_grad(q, labels, *statistics, zero, zero, zero, y, cap)
             assert not y.values.any()

@@ -1,4 +1,4 @@
-"""The Triton row kernels, interpreted: the contract for each form of the heavy one, and the rest."""
+"""The Triton row kernels, interpreted: the contract for each form, and what is theirs alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from irl_ops.kernels.triton import dispatch
 from irl_ops.torch import triton as backend
 
 from .backend import Backend, Case, cases, logits_for
-from .exact import PLAIN, Exact, Readout
+from .exact import PLAIN, Arithmetic, Exact, Readout
 from .memory import Placed, decode, encode
 from .readout_contract import ReadoutKernels
 
@@ -57,7 +57,7 @@ class Constants:
 
 
 @contextmanager
-def formed(form: str, block: int = 64, **constants: Any) -> Iterator[None]:
+def formed(form: str, block: int = 128, **constants: Any) -> Iterator[None]:
     """The heavy kernel in this form, the statistics in tiles as small, and blocks as small."""
     load = backend._kernel
     with pytest.MonkeyPatch.context() as patch:
@@ -80,6 +80,7 @@ def tensor(rows: Placed | np.ndarray) -> Tensor:
 
 class Triton(Backend):
     label_dtypes = (np.int64, np.int32)
+    rounds = Arithmetic(reach=4)  # exp(x) is exp2(x log2 e), with a constant that is rounded
 
     def __init__(self, form: str) -> None:
         self.form = form
@@ -88,7 +89,7 @@ class Triton(Backend):
         moved = [x if x is None or isinstance(x, bool) else tensor(x) for x in given]
         if readout != PLAIN:
             constants |= dict(SCALE=readout.logit_scale, SOFTCAP=readout.softcap or 0.0)
-        with formed(self.form, 64 if q.vocab < 5000 else 4096, **constants):
+        with formed(self.form, 128 if q.vocab < 5000 else 4096, **constants):
             out = getattr(backend, kernel)(tensor(q), *moved)
         return [None if x is None else x.numpy() for x in out] if isinstance(out, tuple) else out
 
@@ -112,7 +113,9 @@ class Triton(Backend):
 class TestTriton(ReadoutKernels, examples=60):
     forms: ClassVar = {form: Triton(form) for form in FORMS}
     cases = (*cases(1, 2, 8, 17, 64, 1000), Case((2,), 50257), Case((2,), 151936))
-    readouts = (Readout(1.0, 30.0), Readout(0.25, 5.0), Readout(1.5))
+    readouts = (PLAIN, Readout(1.0, 30.0), Readout(0.25, 5.0), Readout(1.5))
+    random_readouts = readouts
+    tiled = Case((3, 7), 64)
     certain_batches = 1
     shapes = st.builds(
         Case,
@@ -120,9 +123,14 @@ class TestTriton(ReadoutKernels, examples=60):
         st.integers(1, 200) | st.sampled_from([128, 256]),
     )
 
-    def serves(self, form: str, dtype: str, case: Case) -> bool:
-        """Of the long rows one kind a form: the loops over tiles see only float32."""
-        return case.vocab < 10_000 or dtype == ("bfloat16" if case.vocab % 2 else "float16")
+    def numbers(self) -> list[tuple[str, str, Case]]:
+        """Of long rows one dtype: the loops over tiles see only float32."""
+        few = {50257: "bfloat16", 151936: "float16"}
+        return [x for x in super().numbers() if x[1] == few.get(x[2].vocab, x[1])]
+
+    def edge_forms(self) -> list[tuple[str, str]]:
+        """Random batches have all of them, and all readouts."""
+        return list(zip(self.forms, DTYPES, strict=True))
 
 
 @contextmanager
