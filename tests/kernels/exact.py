@@ -74,7 +74,7 @@ class Readout:
 
     def slope_error(self, eps: float) -> float:
         """Of 1 - tanh^2: twice the error of tanh, and the square's and the difference's own."""
-        return 24 * eps * abs(self.logit_scale) if self.softcap else 0.0
+        return 24 * eps * self.logit_scale if self.softcap else 0.0
 
 
 PLAIN = Readout()
