@@ -22,6 +22,7 @@ class Form(NamedTuple):
     chunk: int
     accumulate: str
     backend: str
+    drop: bool = True  # chunks that nobody needs are left out
     detach_next: bool = False
     metrics: bool = False
 
@@ -56,7 +57,7 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
     def by(name: str) -> Any:
         def run(layer: Layer, bend: Bend, *vectors: jax.Array) -> Any:
             return chunks.row_grad(
-                BACKENDS[name], layer, bend, form.chunk, form.accumulate, *vectors
+                BACKENDS[name], layer, bend, form.chunk, form.accumulate, form.drop, *vectors
             )
 
         return run
@@ -123,7 +124,7 @@ def _forward(
         def run(
             layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective, bend: Bend
         ) -> Any:
-            over = Linear(BACKENDS[name], layer, bend, form.chunk, form.accumulate)
+            over = Linear(BACKENDS[name], layer, bend, form.chunk, form.accumulate, form.drop)
             heads = algebra.Heads(*given, form.detach_next)
             out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
             metrics = out.metrics if form.metrics else None
