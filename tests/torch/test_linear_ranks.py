@@ -68,6 +68,7 @@ def main(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
     from .. import naive  # the program is no part of the package
 
