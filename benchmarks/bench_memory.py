@@ -121,6 +121,7 @@ def test_peak_memory_of_a_last_layer(dtype, name, chunk, benchmark) -> None:
     grown = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["step"] = f"{name}, chunks of {chunk}" if chunk else name
     benchmark.extra_info["peak growth / size of the logits"] = round(grown, 3)
-    if name == "linear":
-        # a chunk, and what the matrix products and the row kernels take: 5 % of the logits
+    if name == "linear" and dtype == "float32":
+        # a chunk, and what the matrix products and the row kernels take: 5 % of the logits; products
+        # in bfloat16 take more where the CPU has none and its library converts
         assert grown < chunk / 2048 + 0.05, grown
