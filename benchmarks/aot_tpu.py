@@ -7,7 +7,9 @@ and outputs, and by its cost model how many bytes it moves. The command fails wh
   the gradient on its own),
 - a training step takes more memory than its logits, by over 5 % (on v6e and v7x, over 55 %),
 - a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it, or
-  takes over 5 % more memory, or
+  takes over 5 % more memory,
+- a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them, or
+  has other than three matrix products in the body of a loop over chunks, or
 - a gradient on its own takes memory, or moves more than one read and one write of the logits and
   24 KiB a row (the tiles around the labels, and row vectors, padded to 128 lanes), where whole rows
   fit in VMEM and the logits consist of whole tiles.
@@ -83,6 +85,16 @@ class Result(NamedTuple):
     problems: list[str]
 
 
+class Chunked(NamedTuple):
+    """Of a last layer whose logits are never stored, on one generation."""
+
+    generation: str
+    temporaries: float  # in multiples of the logits
+    chunk: float  # likewise
+    products: float  # in the body of the loop
+    problems: list[str]
+
+
 class Schedule(NamedTuple):
     """Of a kernel: bundles a register, and the clock at which they take as long as its bytes."""
 
@@ -143,6 +155,19 @@ def run(job: Job) -> Result:
     )
 
 
+def chunked(on: str) -> Chunked:
+    """Compiles and judges."""
+    import tpu_programs as programs
+
+    chunk, found, problems = programs.CHUNK / programs.ROWS, programs.linear(on), []
+    if found.temporaries > chunk + 0.005:
+        problems.append("memory")
+    # three products, and a few operations for each of the chunk's logits
+    if not 3 <= found.products <= 3 + 32 / programs.DEEP:
+        problems.append("products")
+    return Chunked(on, round(found.temporaries, 4), chunk, round(found.products, 3), problems)
+
+
 def single_pass(job: Job) -> bool:
     """Whether one read and one write are promised."""
     import jax.numpy as jnp
@@ -201,6 +226,17 @@ def _beside(values: dict[str, float]) -> str:
     return " / ".join(f"{values[form]:.2f}" if form in values else "-" for form in FORMS)
 
 
+def chunked_table(found: Sequence[Chunked]) -> Table:
+    table = Table(title="Logits that are never stored, in multiples of them")
+    for heading in ("TPU", "memory", "a chunk", "products", ""):
+        table.add_column(heading)
+    for c in found:
+        verdict = "[red]" + "; ".join(c.problems) if c.problems else "[green]ok"
+        cells = (c.generation, f"{c.temporaries:.4f}", f"{c.chunk:.4f}", f"{c.products:.3f}")
+        table.add_row(*cells, verdict)
+    return table
+
+
 def schedules_table(found: Sequence[Schedule]) -> Table:
     table = Table(title="Inner loops: bundles per register of 8 x 128 logits, against HBM")
     for heading in ("TPU", "dtype", "kernel", "bundles", "spills", "even at GHz", ""):
@@ -211,16 +247,20 @@ def schedules_table(found: Sequence[Schedule]) -> Table:
     return table
 
 
-def save(results: Sequence[Result], found: Sequence[Schedule], version: str) -> None:
+def save(
+    results: Sequence[Result],
+    layers: Sequence[Chunked],
+    found: Sequence[Schedule],
+    version: str,
+) -> None:
     """One line a program, one line a kernel."""
 
     def lines(rows: Sequence[NamedTuple]) -> str:
         return "[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]"
 
-    text = (
-        f'{{\n"libtpu": "{version}",\n"programs": {lines(results)},\n"loops": {lines(found)}\n}}\n'
-    )
-    RESULTS.write_text(text)
+    tables = {"programs": results, "chunks": layers, "loops": found}
+    parts = ",\n".join(f'"{name}": {lines(rows)}' for name, rows in tables.items())
+    RESULTS.write_text(f'{{\n"libtpu": "{version}",\n{parts}\n}}\n')
 
 
 def main() -> int:
@@ -233,6 +273,8 @@ def main() -> int:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--no-loops", action="store_true", help="leave the schedules out")
+    parser.add_argument("--no-steps", action="store_true", help="leave stored logits out")
+    parser.add_argument("--no-chunks", action="store_true", help="leave the others out")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
     chosen = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -248,25 +290,30 @@ def main() -> int:
         for on, dtype, vocab, width in itertools.product(
             chosen.generations, chosen.dtypes, chosen.vocabs, chosen.widths
         )
-        if vocab <= SMALL or width == chosen.widths[-1]
+        if not chosen.no_steps and (vocab <= SMALL or width == chosen.widths[-1])
     ]
     pairs = [] if chosen.no_loops else list(itertools.product(chosen.generations, chosen.dtypes))
     with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
         loops = [pool.submit(schedules, *pair) for pair in pairs]
         results = list(pool.map(run, jobs))
+        layers = [] if chosen.no_chunks else list(pool.map(chunked, chosen.generations))
         found = [schedule for future in loops for schedule in future.result()]
     version = importlib.metadata.version("libtpu")
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(
         f"Compiled by libtpu {version}, not run. Logits [4, 1024, V], hidden [4, 1024, D]."
     )
-    console.print(steps_table(results))
+    if results:
+        console.print(steps_table(results))
+    if layers:
+        console.print(chunked_table(layers))
     if found:
         console.print(schedules_table(found))
     if chosen.save:
-        save(results, found, version)
-    missed = sum(bool(result.problems) for result in results)
-    console.print(f"{len(results)} programs, {missed} that miss what they have to meet")
+        save(results, layers, found, version)
+    judged = [*results, *layers]
+    missed = sum(bool(result.problems) for result in judged)
+    console.print(f"{len(judged)} programs, {missed} that miss what they have to meet")
     return 1 if missed else 0
 
 

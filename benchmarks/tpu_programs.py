@@ -26,6 +26,7 @@ TOPOLOGIES = {
     "v7x": "tpu7x:2x2x1",
 }
 BATCH, LENGTH, WIDTH = 4, 1024, 2048
+ROWS, DEEP, TALL, CHUNK = 16384, 4096, 128256, 1024  # of logits that are never stored
 LAM, GAMMA = 0.1, 0.99
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -55,6 +56,31 @@ def compiled(
         executable.memory_analysis().temp_size_in_bytes / size,
         executable.cost_analysis()["bytes accessed"] / size,
         lowered.as_text().count("@tpu_custom_call"),
+    )
+
+
+class Chunked(NamedTuple):
+    """What the compiler says of a loss in chunks."""
+
+    temporaries: float  # in multiples of the logits
+    products: float  # in a chunk: the operations of one body of the loop
+
+
+def linear(on: str) -> Chunked:
+    """Loss and gradients of a last layer in bfloat16, whose logits are never stored."""
+    sharding = SingleDeviceSharding(topology(on).devices[0])
+
+    def like(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    given = like(BATCH, ROWS // BATCH, DEEP), like(TALL, DEEP)
+    labels = like(BATCH, ROWS // BATCH, dtype="int32")
+    options = dict(lam=LAM, gamma=GAMMA, chunk_size=CHUNK, accumulate="weight")
+    loss = functools.partial(irl.linear_iqlearn_loss, **options)
+    executable = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*given, labels).compile()
+    return Chunked(
+        executable.memory_analysis().temp_size_in_bytes / (ROWS * TALL * 2),
+        executable.cost_analysis()["flops"] / (2 * CHUNK * TALL * DEEP),
     )
 
 

@@ -195,6 +195,12 @@ class Arguments:
             if not isinstance(x, bool):
                 raise TypeError(f"{name} is {x!r}; accepted: True or False")
 
+    def check_choice_or_none(self, **switches: Any) -> None:
+        """Options that are True or False, or None where the choice is ours."""
+        for name, x in switches.items():
+            if x is not None and not isinstance(x, bool):
+                raise TypeError(f"{name} is {x!r}; accepted: True, False, None")
+
     def check_flags(self, name: str, x: Any, labels: Any) -> None:
         """One bool per sequence, or one per row."""
         if self.is_array(x) and x.shape == labels.shape[:-1] and x.dtype in self.flags:

@@ -97,18 +97,24 @@ class LayerOptions(TypedDict, Generic[Array], total=False):
 
     bias: Array | None
     chunk_size: int | None
-    accumulate: Literal["float32", "weight"] | None
+    accumulate: Literal["float32", "weight"] | Array | None
 
 
-class LinearIQLearnOptions(LayerOptions[Array], IQLearnOptions[Array], total=False):
+class LinearLossOptions(LayerOptions[Array], total=False):
+    """Of losses, whose result does not show all rows."""
+
+    drop_rows: bool | None
+
+
+class LinearIQLearnOptions(LinearLossOptions[Array], IQLearnOptions[Array], total=False):
     """Of ``linear_iqlearn_loss``: those of its dense twin, and of the layer."""
 
 
-class LinearMLEOptions(LayerOptions[Array], MLEOptions[Array], total=False):
+class LinearMLEOptions(LinearLossOptions[Array], MLEOptions[Array], total=False):
     """Of ``linear_mle_loss``."""
 
 
-class LinearOnlineOptions(LayerOptions[Array], OnlineOptions[Array], total=False):
+class LinearOnlineOptions(LinearLossOptions[Array], OnlineOptions[Array], total=False):
     """Of ``linear_online_iqlearn_loss``."""
 
 
@@ -121,6 +127,7 @@ LAYER: dict[str, Any] = {"bias": None, "chunk_size": None, "accumulate": None}
 
 DEFAULTS: dict[str, Any] = {
     **LAYER,
+    "drop_rows": None,
     "alpha": 0.1,
     "lam": 0.1,
     "gamma": 1.0,

@@ -119,10 +119,16 @@ class Linear:
     """The pass with its gradients, for ``algebra.loss_and_grad``."""
 
     def __init__(
-        self, kernels: ModuleType, layer: Layer, readout: Readout, chunk: int, accumulate: str
+        self,
+        kernels: ModuleType,
+        layer: Layer,
+        readout: Readout,
+        chunk: int,
+        accumulate: str,
+        drop: bool,
     ) -> None:
         self.kernels, self.layer, self.readout = kernels, layer, readout
-        self.chunk, self.accumulate = chunk, accumulate
+        self.chunk, self.accumulate, self.drop = chunk, accumulate, drop
 
     def label_logit(self, labels: jax.Array) -> jax.Array:
         """``q[label]``, for the neighbour's coefficients alone."""
@@ -163,6 +169,8 @@ class Linear:
                 zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
                 return (carry[0], nothing), zeros
 
+            if not self.drop:
+                return work(carry)
             # rows that nobody needs cost no product; the device decides
             needed = jnp.any(alpha != algebra.UNREAD)
             made: tuple[Carry, Any] = lax.cond(needed, work, skip, carry)
@@ -201,6 +209,7 @@ def row_grad(
     readout: Readout,
     chunk: int,
     accumulate: str,
+    drop: bool,
     *vectors: jax.Array | None,
 ) -> tuple[jax.Array, Sums]:
     """The gradients of the layer, from (labels, row_max, logsum, a, b, c), by logits made again.
@@ -220,6 +229,8 @@ def row_grad(
             dx = kernels.row_grad(logits_of(hidden, flat_layer), *seen, **readout.keywords)
             return sums.add(dx, hidden, flat_layer)
 
+        if not drop:
+            return work(sums)
         wanted = jnp.any((seen[3] != 0) | (seen[4] != 0) | (seen[5] != 0))
         made: tuple[Sums, jax.Array] = lax.cond(
             wanted, work, lambda sums: (sums, jnp.zeros_like(hidden)), sums

@@ -93,9 +93,12 @@ def linear_iqlearn_loss(
             gradients is about one chunk of logits.
         accumulate: the dtype in which chunks are added up for the gradient of weight: "float32"
             (the default), which takes 4 V D bytes until the gradient is rounded, or "weight",
-            which rounds the sum after every chunk and takes nothing.
+            which rounds the sum after every chunk and takes nothing. (PyTorch's tensor is refused.)
         logit_scale: factor of the logits, as in ``iqlearn_loss``.
         softcap: bound of the logits, or None, as in ``iqlearn_loss``.
+        drop_rows: None and True leave out chunks of which nobody needs a row, by a condition that
+            the device decides; under ``vmap`` it chooses between two results, and leaves out
+            nothing. False compiles no condition.
         return_metrics: as all that follow: see ``iqlearn_loss``.
 
     Returns:
@@ -277,11 +280,13 @@ def _loss(
     is_expert: Any = None,
 ) -> Loss:
     layer, form, logits = arguments.layer(hidden, weight, given)
+    drop = arguments.drop_rows(given)
     call = read_loss(
         caller, group, arguments, terms_of, logits, labels, given, return_metrics, is_expert
     )
     static, traced = part(call, layer.hidden)
     form = form._replace(
+        drop=drop,
         backend=static.backend,
         readout=call.readout,
         detach_next=call.heads.detach_next,

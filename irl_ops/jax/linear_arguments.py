@@ -59,6 +59,11 @@ class LinearArguments(JaxArguments):
         whole = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0
         if chunk is not None and not whole:
             raise ValueError(f"chunk_size is {chunk!r}; accepted: an int of 1 or more, None")
+        if self.is_array(accumulate):
+            raise TypeError(
+                "accumulate is an array, which JAX cannot add to in place; accepted: 'float32', "
+                "'weight', None"
+            )
         if accumulate not in (None, "float32", "weight"):
             raise ValueError(f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', None")
         logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], weight.shape[0]), hidden.dtype)  # type: ignore[no-untyped-call]
@@ -66,6 +71,12 @@ class LinearArguments(JaxArguments):
         rows = math.prod(hidden.shape[:-1])
         form = Form(min(chunk or CHUNK, rows), accumulate or "float32", "auto")
         return Given(Layer(hidden, weight, bias), form, logits)
+
+    def drop_rows(self, options: dict[str, Any]) -> bool:
+        """Whether chunks that nobody needs are left out; takes the option out of the others."""
+        given: bool | None = options.pop("drop_rows", None)
+        self.check_choice_or_none(drop_rows=given)
+        return given is not False
 
 
 arguments = LinearArguments()

@@ -24,6 +24,7 @@ class Form(NamedTuple):
     accumulate: str
     backend: str
     readout: Readout = PLAIN
+    drop: bool = True  # chunks that nobody needs are left out
     detach_next: bool = False
     metrics: bool = False
 
@@ -60,7 +61,7 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
         def run(layer: Layer, *vectors: jax.Array) -> Any:
             kernels = BACKENDS[name]
             return chunks.row_grad(
-                kernels, layer, form.readout, form.chunk, form.accumulate, *vectors
+                kernels, layer, form.readout, form.chunk, form.accumulate, form.drop, *vectors
             )
 
         return run
@@ -121,7 +122,9 @@ def _forward(
 
     def by(name: str) -> Any:
         def run(layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective) -> Any:
-            over = Linear(BACKENDS[name], layer, form.readout, form.chunk, form.accumulate)
+            over = Linear(
+                BACKENDS[name], layer, form.readout, form.chunk, form.accumulate, form.drop
+            )
             heads = algebra.Heads(*given, form.detach_next)
             out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
             metrics = out.metrics if form.metrics else None

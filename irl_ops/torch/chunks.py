@@ -22,16 +22,28 @@ from irl_ops.torch.linear_arguments import Layer
 
 
 class Linear:
-    """``layer.hidden`` has shape ``[n, D]``: rows whose next row is the next one."""
+    """``layer.hidden`` has shape ``[n, D]``: rows whose next row is the next one.
 
-    def __init__(self, kernels: ModuleType, layer: Layer, wanted: tuple[bool, bool, bool]) -> None:
+    ``total``, where given, is what the gradient of the weight is added to.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        layer: Layer,
+        wanted: tuple[bool, bool, bool],
+        total: Tensor | None = None,
+    ) -> None:
         self.kernels, self.layer = kernels, layer
         self.readout = Readout(1.0, layer.softcap).keywords  # the products scale
         hidden, weight, bias = layer[:3]
-        own = layer.accumulate == "weight" or weight.dtype in (torch.float32, torch.float64)
+        narrow = isinstance(layer.accumulate, str) and layer.accumulate == "weight"
+        own = narrow or weight.dtype in (torch.float32, torch.float64)
         sums = weight.dtype if own else torch.float32
         self.dhidden = torch.empty_like(hidden) if wanted[0] else None
-        self.dweight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
+        self.dweight = total
+        if wanted[1] and total is None:
+            self.dweight = torch.zeros_like(weight, dtype=sums)
         self.dbias = None
         if bias is not None and wanted[2]:
             self.dbias = torch.zeros_like(bias, dtype=sums)

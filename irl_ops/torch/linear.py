@@ -72,10 +72,9 @@ def linear_iqlearn_loss(
 
     with s = ``logit_scale`` and c = ``softcap`` (q = s x without it). Chunks of rows go from the
     last to the first: the logits of one are computed, read once, overwritten by their gradient and
-    multiplied back. The gradients are computed with the loss, in three matrix products. On a CPU,
-    rows that have no label and that no row bootstraps from (prompts, padding) are left out of them.
-    With reduction "none", and under ``torch.compile``, the logits are computed again in the
-    backward pass.
+    multiplied back. The gradients are computed with the loss, in three matrix products. With
+    reduction "none", and under ``torch.compile``, the logits are computed again in the backward
+    pass.
 
     Args:
         hidden: float32, bfloat16 or float16 ``[..., T, D]``, or float64 as in ``iqlearn_loss``.
@@ -88,9 +87,19 @@ def linear_iqlearn_loss(
             logits. By default 64 MiB of logits on a CPU (256 to 4096 rows), elsewhere 2048 rows.
         accumulate: the dtype in which chunks are added up for the gradient of weight: "float32",
             which takes 4 V D bytes until the gradient is rounded, or "weight", which rounds the sum
-            after every chunk. By default "weight" on a CPU, "float32" elsewhere.
+            after every chunk. By default "weight" on a CPU, "float32" elsewhere. Or a tensor of
+            weight's shape, contiguous, in float32 (float64 for a float64 weight), such as
+            Megatron's ``weight.main_grad``: every backward pass adds the gradient to it, unrounded
+            and times the factor from above, and ``weight.grad`` gets nothing. Where the gradients
+            come with the loss, chunks are added up in 4 V D bytes of their own until then; where
+            the backward pass computes the logits again, in the tensor itself. Weight must require
+            a gradient.
         logit_scale: factor of the logits, as in ``iqlearn_loss``.
         softcap: bound of the logits, or None, as in ``iqlearn_loss``.
+        drop_rows: whether rows that have no label and that no row bootstraps from (prompts,
+            padding) are left out of the products, with or without gradients. Their number has to be
+            known for that: on a GPU the host waits for it once a pass. None does so on a CPU alone;
+            False makes no shape depend on the labels. The result is the same.
         return_metrics: as all that follow: see ``iqlearn_loss``. ``inplace`` changes nothing: the
             logits are nobody's.
 
@@ -235,7 +244,8 @@ def linear_token_stats(
     """``token_stats`` of logits that are never stored; see ``linear_iqlearn_loss``.
 
     Differentiable by hidden, weight, bias, ``values`` and ``next_values``: the backward pass
-    computes the logits once more, chunk by chunk.
+    computes the logits once more, chunk by chunk. Value and entropy are those of every row, so that
+    there is no ``drop_rows``.
 
     Example:
         >>> hidden, weight = torch.randn(2, 8, 16), torch.randn(100, 16)
@@ -263,6 +273,7 @@ def _loss(
     is_expert: Tensor | None = None,
 ) -> Loss:
     layer = arguments.layer(hidden, weight, options)
+    drop = arguments.drop_rows(layer.hidden, options)
     call = read_loss(
         caller, group, arguments, terms_of, _Logits(layer), labels, options, return_metrics,
         is_expert,
@@ -274,9 +285,9 @@ def _loss(
     wanted = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
     summed = call.weighting.reduction != "none"
     if not (wanted and summed and is_plain(layer.hidden) and is_plain(labels)):
-        return linear_ops.loss(call, layer, labels, backend)
+        return linear_ops.loss(call, layer, labels, drop, backend)
     box: list[Any] = []
-    loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, backend, box)  # type: ignore[no-untyped-call]
+    loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, box)  # type: ignore[no-untyped-call]
     (metrics,) = box
     return loss if metrics is None else (loss, metrics)
 

@@ -21,7 +21,7 @@ class Layer(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     chunk: int  # rows
-    accumulate: str
+    accumulate: str | Tensor  # a dtype's name, or the sum itself
     scale: float = 1.0
     softcap: float | None = None
 
@@ -44,6 +44,7 @@ class LinearArguments(TorchArguments):
         bias, chunk, accumulate = (options.pop(name, default) for name, default in LAYER.items())
         self._check_array("hidden", hidden, self.floats)
         self._check_array("weight", weight, self.floats)
+        trained = weight.requires_grad
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -74,15 +75,54 @@ class LinearArguments(TorchArguments):
         whole = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0
         if chunk is not None and not whole:
             raise ValueError(f"chunk_size is {chunk!r}; accepted: an int of 1 or more, None")
-        if accumulate not in (None, "float32", "weight"):
-            raise ValueError(f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', None")
+        if isinstance(accumulate, Tensor):
+            self._check_sum(accumulate, weight, trained)
+        elif accumulate not in (None, "float32", "weight"):
+            raise ValueError(
+                f"accumulate is {accumulate!r}; accepted: 'float32', 'weight', a tensor, None"
+            )
         return Layer(
             hidden,
             weight,
             bias,
             chunk or default_chunk(weight),
-            accumulate or ("weight" if hidden.device.type == "cpu" else "float32"),
+            _default_sum(hidden) if accumulate is None else accumulate,
         )
+
+    def drop_rows(self, hidden: Tensor, options: dict[str, Any]) -> bool:
+        """Whether rows that nobody needs are left out; takes the option out of the others."""
+        given: bool | None = options.pop("drop_rows", None)
+        self.check_choice_or_none(drop_rows=given)
+        return hidden.device.type == "cpu" if given is None else given
+
+    def _check_sum(self, total: Tensor, weight: Tensor, trained: bool) -> None:
+        """A tensor to which the gradient of ``weight`` can be added in place."""
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self._check_array("accumulate", total, (wide,))
+        self.check_place("accumulate", total, weight)
+        if total.shape != weight.shape:
+            raise ValueError(
+                f"accumulate has shape {list(total.shape)}; accepted: {list(weight.shape)}, the "
+                "shape of weight"
+            )
+        if not total.is_contiguous():
+            raise ValueError(
+                f"accumulate has strides {list(total.stride())}; accepted: a contiguous tensor"
+            )
+        if total.requires_grad:
+            raise ValueError(
+                "accumulate requires a gradient; accepted: a tensor that does not, for it is "
+                "written in place"
+            )
+        if not trained:
+            raise ValueError(
+                "accumulate is a tensor and weight requires no gradient, so that nothing would be "
+                "added; accepted: a weight that requires one, or accumulate=None"
+            )
+
+
+def _default_sum(hidden: Tensor) -> str:
+    return "weight" if hidden.device.type == "cpu" else "float32"
 
 
 def default_chunk(weight: Tensor) -> int:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.algebra import BOOTSTRAP, IGNORED, Heads, Objective, Rows
+from irl_ops.algebra import Heads, Objective, Rows
 from irl_ops.call import Call
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.chunks import Linear
 from irl_ops.torch.linear_arguments import Layer
+from irl_ops.torch.needed import Selection, needed
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
 from irl_ops.torch.stepwise import aligned, in_dtype
 
@@ -32,12 +33,14 @@ class LinearAtOnce(torch.autograd.Function):
         labels: Tensor,
         layer: Layer,
         call: Call,
+        drop: bool,
         backend: str,
         box: list[Any],
     ) -> Tensor:
         """The loss; the metrics go into ``box``."""
         wanted = ctx.needs_input_grad[:3]
-        kept = Kept(layer._replace(hidden=hidden, weight=weight, bias=bias), labels, call)
+        ctx.total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
+        kept = Kept(layer._replace(hidden=hidden, weight=weight, bias=bias), labels, call, drop)
         over = Linear(BACKENDS[backend], kept.layer, wanted)
         out = algebra.loss_and_grad(xp, over, kept.rows, kept.loss, kept.heads)
         ctx.save_for_backward(
@@ -55,30 +58,28 @@ class LinearAtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times the one from above."""
+        """The gradients times the one from above; a sum of the user's is added to here."""
         refuse_second_derivative()
         if ctx.handed_over:
             refuse_second_pass()
         ctx.handed_over = True
         *gradients, unit = ctx.saved_tensors
         factor = dloss if unit is None else dloss * unit
+        if ctx.total is not None:
+            ctx.total.addcmul_(gradients[1], factor)  # the product is not stored
+            gradients[1] = None
         one = factor.device.type == "cpu" and factor.item() == 1
         scaled = [x if x is None or one else x.mul_(factor) for x in gradients]
         dhidden, dweight, dbias, dvalues, dnext_values = scaled
         dweight = None if dweight is None else dweight.to(ctx.dtype)
         dbias = None if dbias is None else dbias.to(ctx.dtype)
-        return dhidden, dweight, dbias, dvalues, dnext_values, *[None] * 5
+        return dhidden, dweight, dbias, dvalues, dnext_values, *[None] * 6
 
 
 class Kept:
-    """The rows of a call that somebody needs, flat, with their weights.
+    """The rows of a call, flat, with their weights; with ``drop`` those that somebody needs."""
 
-    A row is needed if it has a label, or if the row before bootstraps from it. In what is left,
-    row t + 1 is still the next row of every row that bootstraps. Counting rows makes the host wait
-    for a device, so only those of a CPU are taken out.
-    """
-
-    def __init__(self, layer: Layer, labels: Tensor, call: Call) -> None:
+    def __init__(self, layer: Layer, labels: Tensor, call: Call, drop: bool) -> None:
         hidden, weight = layer.hidden, layer.weight
         logits = hidden.new_empty(0).expand(*labels.shape, 0)  # their dtype and device
         heads, weighting = in_dtype(call, logits)
@@ -89,28 +90,19 @@ class Kept:
         if self.unit is not None:
             td = None if loss.td is None else loss.td / self.unit
             loss = loss._replace(mle=loss.mle / self.unit, td=td)
-        needed = (whole.kind != IGNORED) | algebra.preceding(xp, whole.kind == BOOTSTRAP, False)
-        self.index: Tensor | None = None
-        if hidden.device.type == "cpu" and not bool(needed.all()):
-            self.index = needed.flatten().nonzero()[:, 0]
+        self.chosen = Selection(needed(whole.kind) if drop else None)
         self.rows = Rows(self.take(whole.labels), self.take(whole.kind))
         self.loss = loss._replace(mle=self.take(loss.mle), td=self.take(loss.td))
         self.heads = Heads(self.take(heads.values), self.take(heads.next_values), heads.detach_next)
-        self.layer = layer._replace(hidden=self.take(hidden.flatten(0, -2), flat=True))
+        self.layer = layer._replace(hidden=self.chosen.take(hidden.flatten(0, -2)))
 
-    def take(self, x: Any, flat: bool = False) -> Any:
-        """Of an array of all rows, those that are needed."""
-        if x is None:
-            return None
-        rows = x if flat else x.flatten()
-        return rows if self.index is None else rows[self.index]
+    def take(self, x: Any) -> Any:
+        """Of an array ``[..., T]``, the rows that are kept, flat."""
+        return None if x is None else self.chosen.take(x.flatten())
 
     def spread(self, x: Tensor) -> Tensor:
         """An array of all rows, 0 in those that were left out."""
-        if self.index is not None:
-            every = x.new_zeros(self.shape.numel(), *x.shape[1:])
-            x = every.index_copy_(0, self.index, x)
-        return x.view(*self.shape, *x.shape[1:])
+        return self.chosen.spread(x).view(*self.shape, *x.shape[1:])
 
 
 def _unit(loss: Objective) -> Tensor:

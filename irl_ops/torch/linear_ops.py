@@ -19,6 +19,7 @@ from irl_ops.torch import ops, traced
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.chunks import Linear
 from irl_ops.torch.linear_arguments import Layer
+from irl_ops.torch.needed import Selection, needed
 from irl_ops.torch.refusals import refuse_second_derivative
 from irl_ops.torch.stepwise import in_dtype
 from irl_ops.torch.tokens import TokenStats
@@ -26,12 +27,16 @@ from irl_ops.torch.tokens import TokenStats
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
-def loss(call: Call, layer: Layer, labels: Tensor, backend: str) -> Loss:
-    """Any loss of a linear layer, differentiable, from statistics computed chunk by chunk."""
+def loss(call: Call, layer: Layer, labels: Tensor, drop: bool, backend: str) -> Loss:
+    """Any loss of a linear layer, differentiable, from statistics computed chunk by chunk.
+
+    With ``drop`` the statistics of rows that nobody needs are 0, and no part of the loss.
+    """
     heads, weighting = in_dtype(call, layer.hidden)
     rows = ops.align(labels, layer.weight.shape[0], call.sequence)
     weights = algebra.weigh(xp, rows.kind, call.terms, weighting)
-    stats = statistics(layer, rows, weights.entropy_coef is not None, backend)
+    wanted = needed(rows.kind) if drop else None
+    stats = statistics(layer, rows, weights.entropy_coef is not None, backend, wanted)
     step = traced.transition(rows, stats, weights.gamma, heads)
     total: Tensor = algebra.row_losses(xp, weights, stats, step)
     total = total if call.weighting.reduction == "none" else total.sum()
@@ -57,13 +62,19 @@ def token_stats(call: StatsCall, layer: Layer, labels: Tensor, backend: str) -> 
     )
 
 
-def statistics(layer: Layer, rows: algebra.Rows, entropy: bool, backend: str) -> algebra.Statistics:
-    """Row statistics, differentiable by hidden, weight and bias."""
+def statistics(
+    layer: Layer, rows: algebra.Rows, entropy: bool, backend: str, wanted: Tensor | None = None
+) -> algebra.Statistics:
+    """Row statistics, differentiable by hidden, weight and bias; 0 in rows that are not wanted."""
     shape = rows.labels.shape
     hidden, labels = layer.hidden.flatten(0, -2), rows.labels.flatten()
+    total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
+    accumulate = "float32" if isinstance(layer.accumulate, Tensor) else layer.accumulate
+    wanted = None if wanted is None else wanted.flatten()
     *vectors, h = linear_row_stats(
-        hidden, layer.weight, layer.bias, labels, entropy, *layer[3:], backend
-    )
+        hidden, layer.weight, layer.bias, labels, wanted, total, entropy, layer.chunk, accumulate,
+        *layer[5:], backend,
+    )  # fmt: skip
     row_max, logsum, label_logit = (x.view(shape) for x in vectors)
     h = h.view(shape) if entropy else None
     return algebra.statistics(xp, rows.labels, row_max, logsum, label_logit, h)
@@ -75,6 +86,8 @@ def linear_row_stats(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    wanted: Tensor | None,
+    total: Tensor | None,
     entropy: bool,
     chunk: int,
     accumulate: str,
@@ -82,15 +95,20 @@ def linear_row_stats(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(row_max, logsum, label_logit, entropy)``; entropy is empty unless asked for."""
-    layer = Layer(hidden, weight, bias, chunk, accumulate, scale, softcap)
-    if not labels.numel():
-        nothing = ops.row_vector(hidden)
-        return nothing, ops.row_vector(hidden), ops.row_vector(hidden), ops.row_vector(hidden)
-    over = Linear(BACKENDS[backend], layer, (False, False, False))
-    found = over.row_stats(labels, entropy)
-    h = found[3] if entropy else ops.row_vector(hidden[:0])
-    return found[0], found[1], found[2], h
+    """``(row_max, logsum, label_logit, entropy)``; entropy is empty unless asked for.
+
+    ``total`` is what the backward pass adds the gradient of weight to, instead of returning it.
+    """
+    chosen = Selection(wanted)
+    labels = chosen.take(labels)
+    layer = Layer(chosen.take(hidden), weight, bias, chunk, accumulate, scale, softcap)
+    if labels.numel():
+        over = Linear(BACKENDS[backend], layer, (False, False, False))
+        found = over.row_stats(labels, entropy)
+    else:
+        found = tuple(ops.row_vector(layer.hidden) for _ in range(3 + entropy))
+    row_max, logsum, label_logit, *h = (chosen.spread(x) for x in found)
+    return row_max, logsum, label_logit, h[0] if entropy else ops.row_vector(hidden[:0])
 
 
 @linear_row_stats.register_fake
@@ -99,6 +117,8 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    wanted: Tensor | None,
+    total: Tensor | None,
     entropy: bool,
     chunk: int,
     accumulate: str,
@@ -116,8 +136,9 @@ def linear_row_grad(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    wanted: Tensor | None,
     vectors: list[Tensor],
-    wanted: list[bool],
+    asked: list[bool],
     chunk: int,
     accumulate: str,
     scale: float,
@@ -126,52 +147,87 @@ def linear_row_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by hidden, weight and bias; empty where nobody asks for them."""
     layer = Layer(hidden, weight, bias, chunk, accumulate, scale, softcap)
-    over = Linear(BACKENDS[backend], layer, (wanted[0], wanted[1], wanted[2]))
-    over.row_grad(labels, *vectors)
-    found = (over.dhidden, over.dweight, over.dbias)
-    dhidden, dweight, dbias = (
-        hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in found
-    )
-    return dhidden, dweight, dbias
+    return _row_grad(layer, labels, wanted, vectors, asked, backend, None)
 
 
-@linear_row_grad.register_fake
-def _(
+@torch.library.custom_op("irl_ops::linear_row_grad_into", mutates_args=("total",))
+def linear_row_grad_into(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    wanted: Tensor | None,
     vectors: list[Tensor],
-    wanted: list[bool],
+    asked: list[bool],
     chunk: int,
     accumulate: str,
     scale: float,
     softcap: float | None,
     backend: str,
+    total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight, dbias = (
-        torch.empty_like(x) if x is not None and asked else hidden.new_empty(0)
-        for x, asked in zip((hidden, weight, bias), wanted, strict=True)
+    """The same; that of weight is added to ``total``, and an empty one returned."""
+    layer = Layer(hidden, weight, bias, chunk, accumulate, scale, softcap)
+    return _row_grad(layer, labels, wanted, vectors, asked, backend, total)
+
+
+def _row_grad(
+    layer: Layer,
+    labels: Tensor,
+    wanted: Tensor | None,
+    vectors: list[Tensor],
+    asked: list[bool],
+    backend: str,
+    total: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, chosen = layer.hidden, Selection(wanted)
+    layer = layer._replace(hidden=chosen.take(hidden))
+    over = Linear(BACKENDS[backend], layer, (asked[0], asked[1], asked[2]), total)
+    over.row_grad(chosen.take(labels), *(chosen.take(x) for x in vectors))
+    dhidden = None if over.dhidden is None else chosen.spread(over.dhidden)
+    found = (dhidden, None if total is not None else over.dweight, over.dbias)
+    a, b, c = (hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in found)
+    return a, b, c
+
+
+@linear_row_grad.register_fake
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_gradients(given[:3], given[6])
+
+
+@linear_row_grad_into.register_fake
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_gradients(given[:3], [given[6][0], False, given[6][2]])
+
+
+def _like_gradients(layer: Any, asked: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, c = (
+        torch.empty_like(x) if x is not None and wanted else layer[0].new_empty(0)
+        for x, wanted in zip(layer, asked, strict=True)
     )
-    return dhidden, dweight, dbias
+    return a, b, c
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, weight, bias, labels, ctx.entropy, *ctx.form = inputs
+    hidden, weight, bias, labels, wanted, ctx.total, ctx.entropy, *ctx.form = inputs
     row_max, logsum, _, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, labels, row_max, logsum, entropy)
+    ctx.save_for_backward(hidden, weight, bias, labels, wanted, row_max, logsum, entropy)
 
 
 def _backward(ctx: Any, _: Any, dlogsum: Tensor, dlabel: Tensor, dentropy: Tensor) -> Any:
     """As that of ``irl_ops.torch.ops.row_stats``, and on through the layer."""
     refuse_second_derivative()
-    hidden, weight, bias, labels, row_max, logsum, entropy = ctx.saved_tensors
+    *given, row_max, logsum, entropy = ctx.saved_tensors
     a, b = ops.row_coefficients(entropy if ctx.entropy else None, dlogsum, dentropy)
-    wanted = list(ctx.needs_input_grad[:3])
+    asked = list(ctx.needs_input_grad[:3])
     vectors = [row_max, logsum, a, b, dlabel]
-    found = linear_row_grad(hidden, weight, bias, labels, vectors, wanted, *ctx.form)
-    gradients = (x if asked else None for x, asked in zip(found, wanted, strict=True))
-    return *gradients, *[None] * 7
+    if ctx.total is None:
+        found = linear_row_grad(*given, vectors, asked, *ctx.form)
+    else:
+        found = linear_row_grad_into(*given, vectors, asked, *ctx.form, ctx.total)
+        asked[1] = False
+    gradients = (x if wanted else None for x, wanted in zip(found, asked, strict=True))
+    return *gradients, *[None] * 9
 
 
 linear_row_stats.register_autograd(_backward, setup_context=_save)

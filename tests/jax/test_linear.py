@@ -40,6 +40,7 @@ def layers(draw: Any, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, An
     options = {
         "chunk_size": draw(st.sampled_from([None, 1, 2, 3, 7])),
         "accumulate": draw(st.sampled_from([None, "float32", "weight"])),
+        "drop_rows": draw(st.sampled_from([None, True, False])),
         "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.5])),
         "softcap": draw(st.sampled_from([None, None, 1.5])),
     }
@@ -106,9 +107,10 @@ def check(case: Case, parts: dict, options: dict, dtype: str, **more: Any) -> No
 def test_float64(data: Any, case: Case) -> None:
     """The formulas, without roundings: every option, every chunk size."""
     parts, options = data.draw(layers(case))
-    for name in ("values", "next_values", "token_weights"):
-        if case.options.get(name) is not None:
-            case.options[name] = case.options[name].double()
+    for name, option in case.options.items():
+        # values and weights, and lam: the naive loss divides it in its own dtype
+        if isinstance(option, torch.Tensor) and option.is_floating_point():
+            case.options[name] = option.double()
     with jax.enable_x64(True):
         check(case, parts, options, "float64")
 
@@ -181,8 +183,10 @@ def test_chunks_that_nobody_needs_are_left_out() -> None:
     total, (dhidden, dweight) = jax.value_and_grad(loss, (0, 1))(hidden, WEIGHT, LABELS)
     np.testing.assert_allclose(total, dense(HIDDEN, WEIGHT), rtol=1e-5)
     assert not dhidden[0].any() and np.isfinite(dweight).all() and dhidden[1:].any()
-    text = str(jax.make_jaxpr(jax.grad(loss))(hidden, WEIGHT, LABELS))
-    assert "cond[" in text and "scan[" in text
+    for drop in (None, True, False):
+        program = jax.grad(partial(loss, drop_rows=drop, backend="reference"))
+        text = str(jax.make_jaxpr(program)(hidden, WEIGHT, LABELS))
+        assert ("cond[" in text) == (drop is not False) and "scan[" in text
 
 
 def test_transformations() -> None:
@@ -256,6 +260,11 @@ def test_no_logits_are_stored(dtype: str) -> None:
             ValueError,
             "accumulate is 'bf16'; accepted: 'float32', 'weight'",
         ),
+        (
+            dict(accumulate=jnp.zeros((33, 6))),
+            TypeError,
+            "accumulate is an array, which JAX cannot add to in place; accepted: 'float32', 'wei",
+        ),
         (dict(softcap=0), ValueError, "softcap is 0; accepted: a number above 0, or None"),
         (dict(softcap=-1.0), ValueError, r"softcap is -1\.0; accepted: a number above 0"),
         (dict(logit_scale="1"), TypeError, "logit_scale is '1'; accepted: a number"),
@@ -278,6 +287,7 @@ def test_options_are_those_of_the_dense_twin_and_of_the_layer(name: str) -> None
     ours = inspect.signature(getattr(irl, f"linear_{name}")).parameters
     twin = inspect.signature(getattr(irl, name)).parameters
     layer = dict(bias=None, chunk_size=None, accumulate=None)
+    layer |= {} if name == "token_stats" else dict(drop_rows=None)
     assert set(ours) == (set(twin) - {"logits"}) | {"hidden", "weight"} | set(layer)
     defaults = {n: p.default for n, p in twin.items() if n != "logits"} | layer
     assert all(ours[n].default == x for n, x in defaults.items())

@@ -176,4 +176,18 @@ MUTANTS = [
         "behind = 0.0",
         "tests/torch/test_linear.py::test_two_chunk_sizes_agree[mean]",
     ),
+    Mutant(
+        "linear: a given sum misses the factor from above",
+        CHUNKS,
+        "ctx.total.addcmul_(gradients[1], factor)",
+        "ctx.total.add_(gradients[1])",
+        "tests/torch/test_linear_sums.py::test_a_given_sum[mean-dtype0]",
+    ),
+    Mutant(
+        "linear: the row that another bootstraps from is dropped",
+        CHUNKS,
+        "(kind != IGNORED) | algebra.preceding(xp, kind == BOOTSTRAP, False)",
+        "kind != IGNORED",
+        "tests/torch/test_linear.py::test_rows_that_nobody_needs_meet_no_product[mean-True]",
+    ),
 ]

@@ -8,7 +8,7 @@ CPU = ("irl_ops/algebra/cpu/*.cpp", "irl_ops/algebra/cpu/*.h")
 TRITON = ("irl_ops/algebra/triton/*.py",)
 BINDINGS = ("bindings/*.cpp", "bindings/*.h", "irl_ops/torch/native*.py")
 LAUNCHES = ("irl_ops/torch/triton*.py",)
-CHUNKS = ("irl_ops/torch/chunks.py",)
+CHUNKS = ("irl_ops/torch/chunks.py", "irl_ops/torch/linear_loss.py", "irl_ops/torch/needed.py")
 REFERENCE = ("kernels/reference/*.py",)
 
 
