@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
 import irl_ops.torch as irl
@@ -25,6 +25,7 @@ from .tiny_transformers import (
     VOCAB,
     assert_one_step,
     close_loss,
+    gemma2,
     llama,
     mixtral,
     naive_loss,
@@ -54,14 +55,6 @@ def tokenizer():
     made.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
     assert len(made) == VOCAB
     return made
-
-
-def gemma2():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 64}
-    config = Gemma2Config(vocab_size=VOCAB, final_logit_softcapping=0.5, **sizes, **heads, **TOKENS)
-    return Gemma2ForCausalLM(config)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from irl_ops.integrations.transformers.forward import IQLearnForward, ModelLoss
+from irl_ops.integrations.transformers.fused import last_layer
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, IQLearnOptions, checked
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -61,10 +62,6 @@ def apply_iqlearn(
     what a batch holds that neither model nor loss takes, and NotImplementedError for the routers'
     losses of an encoder-decoder.
     """
-    if fused_linear:
-        raise NotImplementedError(
-            "fused_linear=True comes with irl_ops 0.3.0; accepted: False, which computes the logits"
-        )
     base = transformers_model(model)
     options = checked("apply_iqlearn", dict(iqlearn_loss_options))
     loss_type = getattr(base, "loss_type", None)
@@ -74,6 +71,8 @@ def apply_iqlearn(
             f"model={type(base).__name__} with loss_type={loss_type!r}; accepted: models that "
             "generate and are encoder-decoders or have the loss of ForCausalLM"
         )
+    if fused_linear:
+        last_layer(base)
     loss = applied_loss(base)
     if loss is None:
         loss = ModelLoss(options)
@@ -83,7 +82,7 @@ def apply_iqlearn(
     elif getattr(vars(base)["forward"], "__func__", None) is type(base).forward:
         # What accelerate's wrapper of a mixed-precision forward becomes when it is pickled.
         vars(base)["forward"] = vars(base)["_iqlearn"]
-    loss.options = options
+    loss.options, loss.fused_linear = options, fused_linear
     loss.watch_ends(base.config)
     base.loss_function = loss
     return model
