@@ -1,6 +1,7 @@
 """Every language model of Transformers that builds tiny: at lam = 0 its loss is the built-in one.
 
-Or it is refused aloud. What does not build from a few sizes alone is left out, and counted.
+And without stored logits its loss and gradients are those with them. Or it is refused aloud. What
+does not build from a few sizes alone is left out, and counted.
 """
 
 import copy
@@ -124,13 +125,12 @@ def compare(model):
 
 
 def compare_fused(model):
-    """Without stored logits: the loss and the gradients of the dense path, with the same dropout."""
+    """A verdict on the loss and the gradients without stored logits, with the same dropout."""
     ids, labels = batch()
     inputs = {"input_ids": ids, "labels": labels, "use_cache": False}
     model.train()
     try:
         dense = step(apply_iqlearn(model, lam=0.1), inputs)
-        again = step(model, inputs)
     except Exception as error:
         return "does not train", repr(error)
     try:
@@ -139,10 +139,8 @@ def compare_fused(model):
         ours = "fused_linear=True" in str(error) and "accepted:" in str(error)
         return "refused" if ours else "wrong", repr(error)
     for name, expected in dense.items():
-        # float32 sums in another order, and what the model itself does not repeat
-        spread = (again[name] - expected).abs().max()
-        largest = expected.abs().max()
-        if (fused[name] - expected).abs().max() > 1e-3 * largest + 2 * spread + 1e-6:
+        # float32 sums in another order, beside the largest gradient of the parameter
+        if (fused[name] - expected).abs().max() > 1e-3 * expected.abs().max() + 1e-6:
             return "wrong", f"{name}: {fused[name].flatten()[:3]} for {expected.flatten()[:3]}"
     return "equal", ""
 
@@ -174,11 +172,13 @@ def test_at_lam_zero_the_loss_is_the_builtin_one_or_is_refused():
     print({verdict: len(names) for verdict, names in found.items()})
     print("refused:", *found["refused"])
     print("not built:", *found["not built"])
-    print("without stored logits", {verdict: len(names) for verdict, names in fused.items()})
+    print("without stored logits:", {verdict: len(names) for verdict, names in fused.items()})
     for verdict in ("refused", "does not train"):
         print(f"{verdict}:", *fused[verdict], sep="\n    ")
     assert not found["wrong"]
     assert not fused["wrong"]
+    assert len(fused["equal"]) >= 130
+    assert len(fused["refused"]) + len(fused["does not train"]) <= 15
     assert "FSMTForConditionalGeneration" in found["equal"]  # whose own code changes the labels
     assert len(found["equal"]) >= 140
     assert len(found["refused"]) <= 20

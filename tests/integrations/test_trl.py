@@ -21,7 +21,6 @@ from irl_ops.integrations.trl import IQLearnMixin
 
 from .tiny_transformers import (
     OPTIONS,
-    TOKENS,
     VOCAB,
     assert_one_step,
     close_loss,
@@ -158,15 +157,20 @@ def sft(model, rows, tmp_path, *, trainer_class=IQLearnTrainer, **arguments):
 # -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_is_float64_autograd_of_the_separate_documents(mode, tmp_path):
+UNSTORED = ("prompt-completion", "packed", "checkpointed", "soft-capped and packed")
+STEPS = [(mode, False) for mode in MODES] + [(mode, True) for mode in UNSTORED]
+
+
+@pytest.mark.parametrize(("mode", "fused_linear"), STEPS)
+def test_a_step_is_float64_autograd_of_the_separate_documents(mode, fused_linear, tmp_path):
     build, make, arguments = MODES[mode]
     model = build()
     rows, documents = make()
     gradients = reference_gradients(model, documents)
     expected = naive_loss(copy.deepcopy(model).double(), documents)
     before = parameters(model)
-    trainer = sft(apply_iqlearn(model, **OPTIONS), rows, tmp_path, **arguments)
+    applied = apply_iqlearn(model, fused_linear=fused_linear, **OPTIONS)
+    trainer = sft(applied, rows, tmp_path, **arguments)
     trainer.train()
     assert trainer.state.global_step == 1
     assert trainer.current_gradient_accumulation_steps > 1
@@ -229,8 +233,11 @@ def test_a_router_is_weighted_as_trl_does(padding_free, tmp_path):
     close_loss(torch.tensor(logged["aux_loss"]), router)
 
 
-@pytest.mark.parametrize("mode", ["prompt-completion", "packed", "assistant-only"])
-def test_the_metrics_of_trl_and_our_own_are_logged(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "fused_linear"),
+    [("prompt-completion", False), ("packed", False), ("assistant-only", False), ("packed", True)],
+)
+def test_the_metrics_of_trl_and_our_own_are_logged(mode, fused_linear, tmp_path):
     build, make, arguments = MODES[mode]
     model = build()
     rows, documents = make()
@@ -245,7 +252,7 @@ def test_the_metrics_of_trl_and_our_own_are_logged(mode, tmp_path):
         sums += torch.stack([entropy, nll, (q.argmax(-1) == labels).sum(), q.new_tensor(len(q))])
     entropy, nll, accuracy = (sums / sums[-1])[:3]
     trainer = sft(
-        apply_iqlearn(model, **OPTIONS),
+        apply_iqlearn(model, fused_linear=fused_linear, **OPTIONS),
         rows,
         tmp_path,
         eval_dataset=Dataset.from_list(rows),

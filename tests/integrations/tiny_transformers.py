@@ -37,11 +37,11 @@ close_loss = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, check_dty
 CLOSE_UPDATE = 1e-3
 
 
-def llama(**config):
+def llama(vocab_size=VOCAB, **config):
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB,
+            vocab_size=vocab_size,
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=1,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,17 @@ from torch.distributed.tensor import DTensor
 
 from irl_ops.torch import TokenStats, linear_iqlearn_loss, linear_token_stats
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 ACCEPTED = "accepted: fused_linear=False, which stores the logits"
 
 # Those of their forward hooks leave what a layer returns as it is, up to its dtype.
 HOOKS = ("torch.distributed.fsdp.", "deepspeed.")
+
+
+def uncompiled(function: Function) -> Function:
+    """``torch.compile`` leaves this out, and compiles what is before and behind it."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LinearLogits(NamedTuple):
@@ -42,9 +49,10 @@ class LinearLogits(NamedTuple):
 
     def iqlearn_loss(self, labels: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """``irl_ops.torch.iqlearn_loss`` of the logits, with its metrics."""
-        return linear_iqlearn_loss(
+        found: tuple[Tensor, dict[str, Tensor]] = linear_iqlearn_loss(
             self.hidden, self.weight, labels, return_metrics=True, **self.layer, **options
         )
+        return found
 
     def token_stats(self, labels: Tensor, **options: Any) -> TokenStats:
         """``irl_ops.torch.token_stats`` of the logits."""
@@ -67,7 +75,7 @@ class UnstoredLogits(Tensor):
     made: Made
 
     @staticmethod
-    @torch.compiler.disable
+    @uncompiled
     def __new__(cls, made: Made, dtype: torch.dtype) -> UnstoredLogits:
         """Of the shape that ``made.layer`` would return."""
         shape = (*made.hidden.shape[:-1], made.layer.out_features)
@@ -79,7 +87,7 @@ class UnstoredLogits(Tensor):
         return f"UnstoredLogits({list(self.shape)}, {self.dtype})"
 
     @classmethod
-    @torch.compiler.disable
+    @uncompiled
     def __torch_function__(  # noqa: D105
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -94,12 +102,12 @@ class UnstoredLogits(Tensor):
         return RULES[name](*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(  # type: ignore[override]  # noqa: D105
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         _refuse(str(func))
 
-    @torch.compiler.disable
+    @uncompiled
     def within_layer(self, compute: Callable[[LinearLogits], Tensor]) -> Tensor:
         """``compute`` of the logits, called where the layer has its weight."""
         made = self.made
@@ -130,7 +138,7 @@ def _logits(made: Made, linear: nn.Linear, hidden: Tensor) -> LinearLogits:
             f"{type(weight).__name__} where its forward runs, and {list(whole)} is the layer's, so "
             f"it is parted over devices; {ACCEPTED}"
         )
-    bias = linear.bias
+    bias: Tensor | None = linear.bias
     if made.bias is not None:
         added = made.bias.to(device=hidden.device, dtype=weight.dtype)
         bias = added if bias is None else bias + added
@@ -258,7 +266,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.layer = layer
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, hidden: Tensor) -> UnstoredLogits:
         """The logits of ``hidden`` [B, T, D], as what is known of them."""
         kind = hidden.device.type
@@ -277,7 +285,7 @@ class StandIn(nn.Module):
 def unstored_logits(model: Any) -> Iterator[None]:
     """While it lasts, ``model`` computes no logits: its last layer returns ``UnstoredLogits``."""
     layer = last_layer(model)
-    stand_in = torch.compiler.disable(StandIn)(layer)
+    stand_in = uncompiled(StandIn)(layer)
     places = [
         (module, name)
         for module in model.modules()
@@ -338,7 +346,7 @@ def _forward_of(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterat
     # accelerate, where it spreads a model over devices, has put its own around the layer's.
     name = "_old_forward" if "_hf_hook" in vars(layer) else "forward"
     earlier = vars(layer).get(name)
-    if name == "forward" and earlier is not None:
+    if earlier is not None and getattr(earlier, "__func__", None) is not nn.Linear.forward:
         raise NotImplementedError(
             "fused_linear=True: the forward of the last layer has been replaced by "
             f"{earlier!r}; " + ACCEPTED
