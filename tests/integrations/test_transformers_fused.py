@@ -420,8 +420,18 @@ def test_a_head_on_a_device_of_its_own():
         model(**batch)
 
 
-def test_a_part_of_a_weight_is_refused():
+@pytest.mark.parametrize("kind", ["part", "subclass"])
+def test_another_weight_is_refused(kind):
+    """As of tensor parallelism, whose shards are parameters or DTensors, and of quantisation."""
     model = fused(llama())
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:20].clone())
-    with pytest.raises(NotImplementedError, match=r"shape \[20, 16\] .* parted over devices"):
+    weight = model.lm_head.weight.detach()
+    if kind == "part":
+        weight = weight[:20]
+    else:
+        weight = weight.as_subclass(type("Quantised", (torch.Tensor,), {}))
+    model.lm_head.register_parameter("weight", None)
+    model.lm_head._parameters["weight"] = torch.nn.Parameter(weight)
+    with pytest.raises(
+        NotImplementedError, match=r"parted over devices .* a plain tensor \[41, 16"
+    ):
         model(**collate(examples(model)))

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from irl_ops.torch import TokenStats, linear_iqlearn_loss, linear_token_stats
 
@@ -132,11 +131,11 @@ def _refuse(what: str) -> NoReturn:
 def _logits(made: Made, linear: nn.Linear, hidden: Tensor) -> LinearLogits:
     weight = linear.weight
     whole = (linear.out_features, linear.in_features)
-    if isinstance(weight, DTensor) or weight.shape != whole:
+    if type(weight) not in (nn.Parameter, Tensor) or weight.shape != whole:
         raise NotImplementedError(
-            f"fused_linear=True: the last layer's weight has shape {list(weight.shape)} as "
-            f"{type(weight).__name__} where its forward runs, and {list(whole)} is the layer's, so "
-            f"it is parted over devices; {ACCEPTED}"
+            f"fused_linear=True: the last layer's weight is a {type(weight).__name__} of shape "
+            f"{list(weight.shape)} where its forward runs, parted over devices or of another kind; "
+            f"accepted: a plain tensor {list(whole)}, or fused_linear=False, which stores them"
         )
     bias: Tensor | None = linear.bias
     if made.bias is not None:
