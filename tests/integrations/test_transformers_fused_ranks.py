@@ -1,7 +1,7 @@
 """Two ranks on gloo without stored logits: DDP, and FSDP2 with and without a unit for the head.
 
 pytest starts this file as a program. Their gradients are those of the dense path in one process.
-DeepSpeed is not installed with the tests: ZeRO-3 was not tried.
+DeepSpeed is not installed with the tests, so ZeRO-3 is not among them.
 """
 
 import copy
@@ -21,8 +21,10 @@ def main(folder: Path) -> None:
 
     root = Path(__file__).resolve().parents[2]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
     from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -102,6 +104,12 @@ def main(folder: Path) -> None:
         found[f"{wrap.__name__} {kind.__name__} tied={config.tie_word_embeddings}"] = pairs
         if wrap is not ddp:  # logits of a sharded model, as of any other
             assert wrapped.eval()(**local).logits.shape == (2, 9, 41)
+    # A head in parts has no loss of its own: tensor parallelism is refused.
+    model = apply_iqlearn(LlamaForCausalLM(llama), fused_linear=True, **options).train()
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    with pytest.raises(NotImplementedError, match="accepted: .* fused_linear=False"):
+        parallelize_module(model, mesh, plan)(**batch)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     # As in test_transformers_ddp.py: the reducer goes before its process group.
