@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
     model = apply_iqlearn(LlamaForCausalLM(llama), fused_linear=True, **options).train()
     mesh = init_device_mesh("cpu", (2,))
     plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
-    with pytest.raises(NotImplementedError, match="accepted: .* fused_linear=False"):
+    with pytest.raises(NotImplementedError, match=r"accepted: .* fused_linear=False"):
         parallelize_module(model, mesh, plan)(**batch)
     if rank == 0:
         torch.save(found, folder / "found.pt")
