@@ -392,6 +392,25 @@ def test_other_heads_are_refused(model_class, message):
     assert apply_iqlearn(model)(**batch)["loss"] > 0
 
 
+REFUSED = {
+    "a negative scale": (lambda q: -2 * q, "mul by -2"),
+    "a cap of a cap": (lambda q: q.tanh().tanh(), "tanh twice"),
+    "a bias behind a scale": (lambda q: 2 * q + BIAS, "add of what is no bias"),
+    "a number added": (lambda q: q + 1.0, "add of what is no bias"),
+    "columns left out": (lambda q: q[..., :20], "the index"),
+    "a divisor": (lambda q: 1 / q, "calls"),
+    "logits as numbers": (lambda q: q.argmax(-1), "calls argmax"),
+    "out of torch.nn": (lambda q: F.cross_entropy(q[0], BIAS), "calls cross_entropy"),
+}
+
+
+@pytest.mark.parametrize(("treat", "message"), REFUSED.values(), ids=REFUSED)
+def test_anything_else_is_refused(treat, message):
+    logits = UnstoredLogits(Made(torch.nn.Linear(8, VOCAB), torch.randn(2, 5, 8)), torch.float32)
+    with pytest.raises(NotImplementedError, match=f"{message}.* accepted: a scale, a soft cap"):
+        treat(logits)
+
+
 @pytest.mark.parametrize("place", ["forward", "full_backward", "full_backward_pre"])
 def test_a_hook_on_the_head_is_refused(place):
     model = fused(llama())

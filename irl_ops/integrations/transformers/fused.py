@@ -160,13 +160,13 @@ def _number(name: str, value: Any) -> Any:
 
 def _scaled(logits: UnstoredLogits, by: Any, name: str, inverse: bool = False) -> UnstoredLogits:
     made, by = logits.made, _number(name, by)
+    if not by > 0:
+        _refuse(f"{name} by {by}")
     by = 1 / by if inverse else by
     if made.bound is None:
         made = made._replace(factor=made.factor * by)
-    elif by > 0:
-        made = made._replace(bound=made.bound * by)
     else:
-        _refuse(f"{name} by {by} after tanh")
+        made = made._replace(bound=made.bound * by)
     return UnstoredLogits(made, logits.dtype)
 
 
