@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Trainer
 
 from irl_ops.algebra import IGNORED
 from irl_ops.integrations.transformers import IQLearnCallback
+from irl_ops.integrations.transformers.fused import LinearLogits
 from irl_ops.integrations.transformers.model import applied_loss, transformers_model
 from irl_ops.torch import token_stats
 
@@ -31,7 +33,9 @@ class IQLearnMixin:
     processes, plus a router's auxiliary loss as TRL weights it: ``router_aux_loss_coef`` times its
     mean over micro-batches and processes. An ``IQLearnCallback`` is attached, or moved to the
     front. TRL's own metrics are kept ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
-    and cost two more reads of the logits.
+    and cost two more reads of the logits. With ``apply_iqlearn(model, fused_linear=True)`` no
+    logits are stored in training, and the metrics cost one more product by the head's weight; a
+    label counts as correct where no logit is larger, ties included.
 
     TRL's collators make a batch of tokens and labels alone. For ``token_weights`` and the other
     keys that the model takes, give a collator of your own and ``remove_unused_columns=False``.
@@ -141,7 +145,7 @@ class IQLearnMixin:
 def _count(
     counts: list[Tensor],
     options: dict[str, Any],
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     labels: Tensor,
     *,
     shift: bool,
@@ -151,21 +155,25 @@ def _count(
 ) -> None:
     """Appends the number of labelled rows, their summed entropy, and how many labels are top."""
     labels = labels.to(logits.device)
-    stats = token_stats(
-        logits,
-        labels,
-        shift=shift,
-        segment_ids=None if segment_ids is None else segment_ids.to(logits.device),
-        where=None if where is None else where.to(logits.device),
-        ignore_index=options.get("ignore_index", -100),
-        backend=options.get("backend", "auto"),
-    )
+    sequence = {
+        "shift": shift,
+        "segment_ids": None if segment_ids is None else segment_ids.to(logits.device),
+        "where": None if where is None else where.to(logits.device),
+        "ignore_index": options.get("ignore_index", -100),
+        "backend": options.get("backend", "auto"),
+    }
+    if isinstance(logits, LinearLogits):
+        stats = logits.token_stats(labels, **sequence)
+        top = stats.correct
+    else:
+        stats = token_stats(logits, labels, **sequence)
+        picked = logits.argmax(-1)
+        top = picked == labels
+        if shift:
+            top = F.pad(picked[:, :-1] == labels[:, 1:], (0, 1))
     labelled = stats.kind != IGNORED
     assert stats.entropy is not None
     entropy = torch.where(labelled, stats.entropy, 0.0)
-    top = logits.argmax(-1)
-    if shift:
-        labelled_top = labelled[:, :-1] & (top[:, :-1] == labels[:, 1:])
-    else:
-        labelled_top = labelled & (top == labels)
-    counts.append(torch.stack([labelled.sum().float(), entropy.sum(), labelled_top.sum().float()]))
+    counts.append(
+        torch.stack([labelled.sum().float(), entropy.sum(), (labelled & top).sum().float()])
+    )

@@ -51,11 +51,6 @@ from .tiny_transformers import (
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (
-            NotImplementedError,
-            r"fused_linear=True comes with irl_ops 0\.3\.0",
-            {"fused_linear": True},
-        ),
         (TypeError, "no option 'lamda'; accepted: lam gamma", {"lamda": 0.1}),
         (TypeError, "no option 'shift'", {"shift": False}),
         (ValueError, "lam", {"lam": -1.0}),

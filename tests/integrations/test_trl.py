@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
 import irl_ops.torch as irl
@@ -21,10 +21,10 @@ from irl_ops.integrations.trl import IQLearnMixin
 
 from .tiny_transformers import (
     OPTIONS,
-    TOKENS,
     VOCAB,
     assert_one_step,
     close_loss,
+    gemma2,
     llama,
     mixtral,
     naive_loss,
@@ -54,14 +54,6 @@ def tokenizer():
     made.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
     assert len(made) == VOCAB
     return made
-
-
-def gemma2():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 64}
-    config = Gemma2Config(vocab_size=VOCAB, final_logit_softcapping=0.5, **sizes, **heads, **TOKENS)
-    return Gemma2ForCausalLM(config)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -165,15 +157,20 @@ def sft(model, rows, tmp_path, *, trainer_class=IQLearnTrainer, **arguments):
 # -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_is_float64_autograd_of_the_separate_documents(mode, tmp_path):
+UNSTORED = ("prompt-completion", "packed", "checkpointed", "soft-capped and packed")
+STEPS = [(mode, False) for mode in MODES] + [(mode, True) for mode in UNSTORED]
+
+
+@pytest.mark.parametrize(("mode", "fused_linear"), STEPS)
+def test_a_step_is_float64_autograd_of_the_separate_documents(mode, fused_linear, tmp_path):
     build, make, arguments = MODES[mode]
     model = build()
     rows, documents = make()
     gradients = reference_gradients(model, documents)
     expected = naive_loss(copy.deepcopy(model).double(), documents)
     before = parameters(model)
-    trainer = sft(apply_iqlearn(model, **OPTIONS), rows, tmp_path, **arguments)
+    applied = apply_iqlearn(model, fused_linear=fused_linear, **OPTIONS)
+    trainer = sft(applied, rows, tmp_path, **arguments)
     trainer.train()
     assert trainer.state.global_step == 1
     assert trainer.current_gradient_accumulation_steps > 1
@@ -236,8 +233,11 @@ def test_a_router_is_weighted_as_trl_does(padding_free, tmp_path):
     close_loss(torch.tensor(logged["aux_loss"]), router)
 
 
-@pytest.mark.parametrize("mode", ["prompt-completion", "packed", "assistant-only"])
-def test_the_metrics_of_trl_and_our_own_are_logged(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "fused_linear"),
+    [("prompt-completion", False), ("packed", False), ("assistant-only", False), ("packed", True)],
+)
+def test_the_metrics_of_trl_and_our_own_are_logged(mode, fused_linear, tmp_path):
     build, make, arguments = MODES[mode]
     model = build()
     rows, documents = make()
@@ -252,7 +252,7 @@ def test_the_metrics_of_trl_and_our_own_are_logged(mode, tmp_path):
         sums += torch.stack([entropy, nll, (q.argmax(-1) == labels).sum(), q.new_tensor(len(q))])
     entropy, nll, accuracy = (sums / sums[-1])[:3]
     trainer = sft(
-        apply_iqlearn(model, **OPTIONS),
+        apply_iqlearn(model, fused_linear=fused_linear, **OPTIONS),
         rows,
         tmp_path,
         eval_dataset=Dataset.from_list(rows),

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -35,11 +37,11 @@ close_loss = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, check_dty
 CLOSE_UPDATE = 1e-3
 
 
-def llama(**config):
+def llama(vocab_size=VOCAB, **config):
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB,
+            vocab_size=vocab_size,
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=1,
@@ -55,6 +57,14 @@ def gpt2():
     config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64, **TOKENS)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     return GPT2LMHeadModel(config)
+
+
+def gemma2():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 64}
+    config = Gemma2Config(vocab_size=VOCAB, final_logit_softcapping=0.5, **sizes, **heads, **TOKENS)
+    return Gemma2ForCausalLM(config)
 
 
 def mixtral():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor
 from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from irl_ops.integrations.transformers.fused import (
+    ACCEPTED,
+    LinearLogits,
+    UnstoredLogits,
+    unstored_logits,
+    without_logits,
+)
 from irl_ops.integrations.transformers.loss import BATCH_OPTIONS, Loss
 
 # What no forward names and Transformers still understands, beside ``labels``.
@@ -26,6 +34,8 @@ class ModelLoss(Loss):
         total: the losses of this forward, without a router's.
         router_apart: the caller adds the router's loss; the forward leaves it out of its own.
         observe: called with the logits, the labels and the options before each loss.
+        fused_linear: forwards with labels store no logits while the model trains.
+        unstored: this forward stores none.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -35,6 +45,8 @@ class ModelLoss(Loss):
         self.total: Tensor | None = None
         self.router_apart = False
         self.observe: Callable[..., None] | None = None
+        self.fused_linear = False
+        self.unstored = False
 
     def __call__(
         self,
@@ -55,8 +67,17 @@ class ModelLoss(Loss):
         self.total = loss if self.total is None else self.total + loss
         return loss.clone()
 
-    def compute(self, logits: Tensor, labels: Tensor, num_items: Any, **batch: Any) -> Tensor:
+    def compute(
+        self, logits: Tensor | LinearLogits, labels: Tensor, num_items: Any, **batch: Any
+    ) -> Tensor:
         """The loss of a batch, which an observer sees first: the gradient may take its logits."""
+        if isinstance(logits, UnstoredLogits):
+            return logits.within_layer(lambda x: self.compute(x, labels, num_items, **batch))
+        if self.unstored and not isinstance(logits, LinearLogits):
+            raise NotImplementedError(
+                "fused_linear=True: the loss was given logits that the module of "
+                f"model.get_output_embeddings() has not made; {ACCEPTED}"
+            )
         if self.observe is not None:
             self.observe(logits, labels, **batch)
         return super().compute(logits, labels, num_items, **batch)
@@ -138,9 +159,13 @@ class IQLearnForward:
                     )
             batch = {name: value for name, value in batch.items() if value is not None}
             run = self._aligned if self.model.config.is_encoder_decoder else self._shifted
-            return run(inputs, {"num_items": num_items, **batch})
+            self.loss.unstored = self.loss.fused_linear and self.model.training
+            with unstored_logits(self.model) if self.loss.unstored else nullcontext():
+                outputs = run(inputs, {"num_items": num_items, **batch})
+            return without_logits(outputs) if self.loss.unstored else outputs
         finally:
             self.running -= 1
+            self.loss.unstored = False
 
     def _positional(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self.names[: len(args)], args, strict=True))

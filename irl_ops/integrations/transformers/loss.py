@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from irl_ops.integrations.options import try_options
+from irl_ops.integrations.transformers.fused import LinearLogits
 from irl_ops.torch import iqlearn_loss
 
 
@@ -101,7 +102,9 @@ class Loss:
         self._sums: dict[bool, Tensor] = {}  # by whether gradients were recorded
         self._masked_ends: list[int] = []
 
-    def compute(self, logits: Tensor, labels: Tensor, num_items: Any, **batch: Any) -> Tensor:
+    def compute(
+        self, logits: Tensor | LinearLogits, labels: Tensor, num_items: Any, **batch: Any
+    ) -> Tensor:
         """The loss of a batch; ``batch`` holds its ``shift`` and what ``BATCH_OPTIONS`` names."""
         if isinstance(num_items, Tensor):
             # The Trainer repeats the number, [n_gpu, 1], for the GPUs of an nn.DataParallel.
@@ -114,10 +117,12 @@ class Loss:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = value.to(logits.device)
+        batch |= self.options | {"num_items": num_items}
         loss: Tensor
-        loss, metrics = iqlearn_loss(
-            logits, labels, num_items=num_items, return_metrics=True, **batch, **self.options
-        )
+        if isinstance(logits, LinearLogits):
+            loss, metrics = logits.iqlearn_loss(labels, **batch)
+        else:
+            loss, metrics = iqlearn_loss(logits, labels, return_metrics=True, **batch)
         self.called = True
         if num_items is not None:
             tokens = metrics["tokens"]

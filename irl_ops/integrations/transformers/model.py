@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from irl_ops.integrations.transformers.forward import IQLearnForward, ModelLoss
+from irl_ops.integrations.transformers.fused import last_layer
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, IQLearnOptions, checked
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -38,10 +39,17 @@ def apply_iqlearn(
     packed batches outside a Trainer pass ``use_cache=False``: the attention of Transformers reads
     ``position_ids`` as packing only where it keeps no cache.
 
+    With ``fused_linear=True`` no logits are stored in training: the loss is
+    ``irl_ops.torch.linear_iqlearn_loss`` of the last layer's input and weight, computed within that
+    layer's own forward, where FSDP2 and ZeRO-3 have gathered the weight. ``outputs.logits`` is then
+    None. Evaluation mode and forwards without labels compute logits as before. What the model does
+    with its logits is read off at every forward: scales, soft caps, and biases before them are
+    passed on to the loss; anything else is refused, and so is a loss that is given other logits.
+
     Args:
         model: a Transformers model with a language-modelling head, or a PEFT model around one. It
             is changed in place.
-        fused_linear: reserved for the release 0.3.0.
+        fused_linear: no logits are stored while ``model.training``. By default they are.
         **iqlearn_loss_options: ``lam``, ``gamma``, ``entropy_coef``, ``ignore_index``,
             ``eos_token_id``, ``boundary``, ``detach_next``, ``inplace`` and ``backend`` of
             ``irl_ops.torch.iqlearn_loss``, with its defaults; ``z_loss`` where it has that.
@@ -53,18 +61,15 @@ def apply_iqlearn(
         TypeError: ``model`` is something else, or an option is unknown or belongs to a batch.
         ValueError: an option's value, ``nn.DataParallel``, or a model whose labels are neither
             shifted nor those of an encoder-decoder.
-        NotImplementedError: ``fused_linear=True``.
+        NotImplementedError: ``fused_linear=True`` where the output embeddings are not ``nn.Linear``
+            (or PEFT's ``modules_to_save`` copy of one; LoRA on it is refused), or have hooks.
 
     The forward then raises RuntimeError where IQLearn would not be used and nobody would notice:
     the Trainer withholds the labels (``label_smoothing_factor``, a ``compute_loss_func``), or the
     forward, or one that has taken its place, computes a loss of its own. It raises TypeError for
     what a batch holds that neither model nor loss takes, and NotImplementedError for the routers'
-    losses of an encoder-decoder.
+    losses of an encoder-decoder and for logits that ``fused_linear=True`` cannot leave out.
     """
-    if fused_linear:
-        raise NotImplementedError(
-            "fused_linear=True comes with irl_ops 0.3.0; accepted: False, which computes the logits"
-        )
     base = transformers_model(model)
     options = checked("apply_iqlearn", dict(iqlearn_loss_options))
     loss_type = getattr(base, "loss_type", None)
@@ -74,6 +79,8 @@ def apply_iqlearn(
             f"model={type(base).__name__} with loss_type={loss_type!r}; accepted: models that "
             "generate and are encoder-decoders or have the loss of ForCausalLM"
         )
+    if fused_linear:
+        last_layer(base)
     loss = applied_loss(base)
     if loss is None:
         loss = ModelLoss(options)
@@ -83,7 +90,7 @@ def apply_iqlearn(
     elif getattr(vars(base)["forward"], "__func__", None) is type(base).forward:
         # What accelerate's wrapper of a mixed-precision forward becomes when it is pickled.
         vars(base)["forward"] = vars(base)["_iqlearn"]
-    loss.options = options
+    loss.options, loss.fused_linear = options, fused_linear
     loss.watch_ends(base.config)
     base.loss_function = loss
     return model
