@@ -34,8 +34,8 @@ MUTANTS = [
     Mutant(
         "bindings: Triton's set_label_ takes labels that do not lie row by row",
         LAUNCHES,
-        "launch_set_label(dlogits, labels.contiguous(), elements.contiguous())",
-        "launch_set_label(dlogits, labels, elements.contiguous())",
+        "given = (labels.contiguous(), elements.contiguous(), label_logit)",
+        "given = (labels, elements.contiguous(), label_logit)",
         f"{CASES}{TRANSPOSED}[triton]",
     ),
     binding(
