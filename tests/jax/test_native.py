@@ -26,9 +26,9 @@ from irl_ops import _native
 from irl_ops.jax import callback, native, private
 
 from ..kernels.backend import Backend, Case, cases, logits_for, vectors_for
-from ..kernels.contract import RowKernels
-from ..kernels.exact import Arithmetic
+from ..kernels.exact import PLAIN, Arithmetic, Readout
 from ..kernels.memory import Placed, encode
+from ..kernels.readout_contract import ReadoutKernels
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = Backend.dtypes
@@ -69,37 +69,43 @@ class Called(Backend):
         self.caller = caller
 
     @functools.cache  # noqa: B019, the few that there are live as long as the tests
-    def program(self, kernel: str, entropy: bool = False) -> Any:
-        chosen = getattr(native, kernel)
-        return jax.jit(functools.partial(chosen, entropy=True) if entropy else chosen)
+    def program(self, kernel: str, readout: Readout, **options: bool) -> Any:
+        if readout != PLAIN:
+            options |= readout.options
+        return jax.jit(functools.partial(getattr(native, kernel), **options))
 
-    def call(self, kernel: str, q: Placed, *given: np.ndarray, entropy: bool = False) -> Any:
+    def call(
+        self, kernel: str, readout: Readout, q: Placed, *given: np.ndarray, **options: bool
+    ) -> Any:
         # who calls is decided when a program is lowered
         wide = any(x.dtype == np.int64 for x in given)
         with pytest.MonkeyPatch.context() as patch, wide_integers(np.int64 if wide else None):
             let_call(self.caller, patch)
-            out = self.program(kernel, entropy)(to_jax(np.ascontiguousarray(q.rows)), *given)
+            run = self.program(kernel, readout, **options)
+            out = run(to_jax(np.ascontiguousarray(q.rows)), *given)
         return [None if x is None else from_jax(x) for x in (out if type(out) is tuple else (out,))]
 
-    def row_stats(self, q, labels, entropy=True, readout=None):
-        return self.call("row_stats", q, labels, entropy=entropy)
+    def row_stats(self, q, labels, entropy=True, readout=PLAIN):
+        return self.call("row_stats", readout, q, labels, entropy=entropy)
 
-    def row_grad(self, q, labels, row_max, logsum, a, b, c, y, readout=None):
-        (y.rows[...],) = self.call("row_grad", q, labels, row_max, logsum, a, b, c)
+    def row_grad(self, q, labels, row_max, logsum, a, b, c, y, readout=PLAIN):
+        vectors = (labels, row_max, logsum, a, b, c)
+        (y.rows[...],) = self.call("row_grad", readout, q, *vectors)
 
-    def row_stats_grad(self, q, alpha, beta, weight, y, readout=None):
+    def row_stats_grad(self, q, alpha, beta, weight, y, readout=PLAIN):
         given = (alpha, beta, weight)[: 2 + (weight is not None)]
-        *out, y.rows[...] = self.call("row_stats_grad", q, *given)
+        *out, y.rows[...] = self.call("row_stats_grad", readout, q, *given)
         return out
 
-    def label_logit(self, q, labels, readout=None):
-        return self.call("label_logit", q, labels)[0]
+    def label_logit(self, q, labels, readout=PLAIN):
+        return self.call("label_logit", readout, q, labels)[0]
 
-    def set_label(self, y, labels, elements, readout=None, label_logit=None):
-        (y.rows[...],) = self.call("set_label", y, labels, elements)
+    def set_label(self, y, labels, elements, readout=PLAIN, label_logit=None):
+        given = (labels, elements, label_logit)[: 2 + (label_logit is not None)]
+        (y.rows[...],) = self.call("set_label", readout, y, *given)
 
 
-class TestCalledByJax(RowKernels, examples=20):
+class TestCalledByJax(ReadoutKernels, examples=20):
     forms: ClassVar = {caller: Called(caller) for caller in CALLERS}
     # V, and any leading axes
     cases = (
@@ -111,6 +117,14 @@ class TestCalledByJax(RowKernels, examples=20):
     )
     wide = 2101
     shapes = st.sampled_from(cases[2:-1])  # compiled already
+    readouts = (Readout(0.5, 8.0), Readout(3.0))
+    certain_batches = 1
+
+    def readout_forms(self) -> list[tuple[str, str, Readout]]:
+        """The numbers reach the kernels: what those make of them is tested without JAX."""
+        capped, scaled = self.readouts
+        given = [(form, "float32", capped) for form in self.forms]
+        return [*given, ("xla", "bfloat16", capped), ("python", "float16", scaled)]
 
 
 def kernels(q: Any, labels: Any, a: Any, b: Any, c: Any) -> dict[str, tuple[Any, ...]]:
