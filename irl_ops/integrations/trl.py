@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Trainer
 
-from irl_ops.algebra import IGNORED
 from irl_ops.integrations.transformers import IQLearnCallback
-from irl_ops.integrations.transformers.fused import LinearLogits
+from irl_ops.integrations.transformers.fused import last_layer
 from irl_ops.integrations.transformers.model import applied_loss, transformers_model
-from irl_ops.torch import token_stats
 
 
 class IQLearnMixin:
@@ -33,9 +30,11 @@ class IQLearnMixin:
     processes, plus a router's auxiliary loss as TRL weights it: ``router_aux_loss_coef`` times its
     mean over micro-batches and processes. An ``IQLearnCallback`` is attached, or moved to the
     front. TRL's own metrics are kept ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
-    and cost two more reads of the logits. With ``apply_iqlearn(model, fused_linear=True)`` no
-    logits are stored in training, and the metrics cost one more product by the head's weight; a
-    label counts as correct where no logit is larger, ties included.
+    and come from the pass of the loss; a label counts as correct where no logit is larger.
+
+    In training no logits are stored, as TRL's own loss stores none: ``outputs.logits`` is None. It
+    takes ``apply_iqlearn(model, fused_linear=False)`` to keep them; they are kept as well where the
+    head is no plain ``nn.Linear``, or has hooks.
 
     TRL's collators make a batch of tokens and labels alone. For ``token_weights`` and the other
     keys that the model takes, give a collator of your own and ``remove_unused_columns=False``.
@@ -74,6 +73,8 @@ class IQLearnMixin:
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self._iqlearn = loss
         trainer: Any = self
+        if loss.fused_linear is None:  # only now is it known whether an adapter is on the head
+            loss.fused_linear = _fits(transformers_model(trainer.model))
         if trainer.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={trainer.args.loss_type!r} would be ignored; accepted: 'nll', in whose "
@@ -101,7 +102,7 @@ class IQLearnMixin:
             inputs["output_router_logits"] = True
         counts: list[Tensor] = []
         self._iqlearn.router_apart = trainer.aux_loss_enabled
-        self._iqlearn.observe = partial(_count, counts, self._iqlearn.options)
+        self._iqlearn.observe = partial(_count, counts)
         try:
             loss, outputs = Trainer.compute_loss(
                 trainer, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -141,39 +142,17 @@ class IQLearnMixin:
         metrics["num_tokens"] = [trainer._total_train_tokens]
 
 
-@torch.no_grad()
-def _count(
-    counts: list[Tensor],
-    options: dict[str, Any],
-    logits: Tensor | LinearLogits,
-    labels: Tensor,
-    *,
-    shift: bool,
-    segment_ids: Tensor | None = None,
-    where: Tensor | None = None,
-    **unused: Any,
-) -> None:
+def _fits(model: torch.nn.Module) -> bool:
+    """Whether the logits of the model can be left out, as far as its head shows."""
+    try:
+        last_layer(model)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _count(counts: list[Tensor], metrics: dict[str, Tensor]) -> None:
     """Appends the number of labelled rows, their summed entropy, and how many labels are top."""
-    labels = labels.to(logits.device)
-    sequence = {
-        "shift": shift,
-        "segment_ids": None if segment_ids is None else segment_ids.to(logits.device),
-        "where": None if where is None else where.to(logits.device),
-        "ignore_index": options.get("ignore_index", -100),
-        "backend": options.get("backend", "auto"),
-    }
-    if isinstance(logits, LinearLogits):
-        stats = logits.token_stats(labels, **sequence)
-        top = stats.correct
-    else:
-        stats = token_stats(logits, labels, **sequence)
-        picked = logits.argmax(-1)
-        top = picked == labels
-        if shift:
-            top = F.pad(picked[:, :-1] == labels[:, 1:], (0, 1))
-    labelled = stats.kind != IGNORED
-    assert stats.entropy is not None
-    entropy = torch.where(labelled, stats.entropy, 0.0)
-    counts.append(
-        torch.stack([labelled.sum().float(), entropy.sum(), (labelled & top).sum().float()])
-    )
+    labelled = metrics["tokens"]
+    means = torch.stack([torch.ones_like(labelled), metrics["entropy"], metrics["accuracy"]])
+    counts.append(torch.where(labelled > 0, means * labelled, 0.0))

@@ -17,6 +17,7 @@ from irl_ops.integrations.transformers import (
     apply_iqlearn,
     iqlearn_loss_func,
 )
+from irl_ops.integrations.transformers.model import applied_loss
 from irl_ops.integrations.trl import IQLearnMixin
 
 from .tiny_transformers import (
@@ -157,8 +158,8 @@ def sft(model, rows, tmp_path, *, trainer_class=IQLearnTrainer, **arguments):
 # -------------------------------------------------------------------------------------------------
 
 
-UNSTORED = ("prompt-completion", "packed", "checkpointed", "soft-capped and packed")
-STEPS = [(mode, False) for mode in MODES] + [(mode, True) for mode in UNSTORED]
+STORED = ("prompt-completion", "packed", "soft-capped and packed")
+STEPS = [(mode, None) for mode in MODES] + [(mode, False) for mode in STORED]
 
 
 @pytest.mark.parametrize(("mode", "fused_linear"), STEPS)
@@ -174,9 +175,19 @@ def test_a_step_is_float64_autograd_of_the_separate_documents(mode, fused_linear
     trainer.train()
     assert trainer.state.global_step == 1
     assert trainer.current_gradient_accumulation_steps > 1
+    assert applied_loss(model).fused_linear is (fused_linear is None)
     assert_one_step(model, before, gradients)
     logged = trainer.state.log_history[0]
     close_loss(torch.tensor(logged["loss"]), expected, rtol=1e-4, atol=0)  # rounded for the log
+
+
+def test_logits_are_stored_where_something_waits_for_them(tmp_path):
+    model, (rows, _) = apply_iqlearn(llama(), **OPTIONS), prompt_data()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: seen.append(type(logits)))
+    sft(model, rows, tmp_path).train()
+    assert applied_loss(model).fused_linear is False
+    assert seen and set(seen) == {torch.Tensor}
 
 
 def test_lora_of_trl(tmp_path):
@@ -235,7 +246,7 @@ def test_a_router_is_weighted_as_trl_does(padding_free, tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "fused_linear"),
-    [("prompt-completion", False), ("packed", False), ("assistant-only", False), ("packed", True)],
+    [("prompt-completion", None), ("packed", None), ("assistant-only", None), ("packed", False)],
 )
 def test_the_metrics_of_trl_and_our_own_are_logged(mode, fused_linear, tmp_path):
     build, make, arguments = MODES[mode]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-MODES = ("completions", "packed", "unstored", "lora", "mixture")
+MODES = ("completions", "packed", "stored", "lora", "mixture")
+STORED = {"stored": False}  # whether logits are; by default not
 LR = 0.1
 
 
@@ -25,7 +26,7 @@ def setting(name, trl):
     build, make, arguments = {
         "completions": (trl.llama, trl.prompt_data, {}),
         "packed": (trl.llama, trl.text_data, {"packing": True, "max_length": 16}),
-        "unstored": (trl.llama, trl.text_data, {"packing": True, "max_length": 16}),
+        "stored": (trl.llama, trl.text_data, {"packing": True, "max_length": 16}),
         "lora": (trl.llama, trl.prompt_data, {}),
         "mixture": (trl.mixtral, trl.prompt_data, {"router_aux_loss_coef": 0.5}),
     }[name]
@@ -54,7 +55,9 @@ def main(folder: Path) -> None:
     for name in MODES:
         model, rows, _, arguments = setting(name, trl)
         trainer = trl.sft(
-            trl.apply_iqlearn(model, fused_linear=name == "unstored", **trl.OPTIONS),
+            trl.apply_iqlearn(
+                model, fused_linear=False if name == "stored" else None, **trl.OPTIONS
+            ),
             rows,
             folder,
             per_device_train_batch_size=1,

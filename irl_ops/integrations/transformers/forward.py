@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,8 +33,8 @@ class ModelLoss(Loss):
         split: during a forward of a mixture, keep ``total``, to which the model adds in place.
         total: the losses of this forward, without a router's.
         router_apart: the caller adds the router's loss; the forward leaves it out of its own.
-        observe: called with the logits, the labels and the options before each loss.
-        fused_linear: forwards with labels store no logits while the model trains.
+        fused_linear: forwards with labels store no logits while the model trains; None leaves that
+            to a trainer.
         unstored: this forward stores none.
     """
 
@@ -44,8 +44,7 @@ class ModelLoss(Loss):
         self.split = False
         self.total: Tensor | None = None
         self.router_apart = False
-        self.observe: Callable[..., None] | None = None
-        self.fused_linear = False
+        self.fused_linear: bool | None = False
         self.unstored = False
 
     def __call__(
@@ -70,7 +69,7 @@ class ModelLoss(Loss):
     def compute(
         self, logits: Tensor | LinearLogits, labels: Tensor, num_items: Any, **batch: Any
     ) -> Tensor:
-        """The loss of a batch, which an observer sees first: the gradient may take its logits."""
+        """The loss of a batch, within the last layer where that makes no logits."""
         if isinstance(logits, UnstoredLogits):
             return logits.within_layer(lambda x: self.compute(x, labels, num_items, **batch))
         if self.unstored and not isinstance(logits, LinearLogits):
@@ -78,8 +77,6 @@ class ModelLoss(Loss):
                 "fused_linear=True: the loss was given logits that the module of "
                 f"model.get_output_embeddings() has not made; {ACCEPTED}"
             )
-        if self.observe is not None:
-            self.observe(logits, labels, **batch)
         return super().compute(logits, labels, num_items, **batch)
 
 
@@ -159,7 +156,7 @@ class IQLearnForward:
                     )
             batch = {name: value for name, value in batch.items() if value is not None}
             run = self._aligned if self.model.config.is_encoder_decoder else self._shifted
-            self.loss.unstored = self.loss.fused_linear and self.model.training
+            self.loss.unstored = bool(self.loss.fused_linear) and self.model.training
             with unstored_logits(self.model) if self.loss.unstored else nullcontext():
                 outputs = run(inputs, {"num_items": num_items, **batch})
             return without_logits(outputs) if self.loss.unstored else outputs

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from irl_ops.torch import TokenStats, linear_iqlearn_loss, linear_token_stats
+from irl_ops.torch import linear_iqlearn_loss
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,10 +52,6 @@ class LinearLogits(NamedTuple):
             self.hidden, self.weight, labels, return_metrics=True, **self.layer, **options
         )
         return found
-
-    def token_stats(self, labels: Tensor, **options: Any) -> TokenStats:
-        """``irl_ops.torch.token_stats`` of the logits."""
-        return linear_token_stats(self.hidden, self.weight, labels, **self.layer, **options)
 
 
 class Made(NamedTuple):

@@ -92,10 +92,15 @@ def checked(caller: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Loss:
-    """``iqlearn_loss`` with its options, and sums of its metrics that stay on the device."""
+    """``iqlearn_loss`` with its options, and sums of its metrics that stay on the device.
+
+    Attributes:
+        observe: called with the metrics of each loss, the entropy among them.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
+        self.observe: Callable[[dict[str, Tensor]], None] | None = None
         self.called = False
         self.share: Tensor | None = None  # of the labels in num_items, that the batch has
         self._names: list[str] = []
@@ -118,6 +123,11 @@ class Loss:
             if isinstance(value, Tensor):
                 batch[name] = value.to(logits.device)
         batch |= self.options | {"num_items": num_items}
+        coef = batch.get("entropy_coef", 0.0)
+        no_term = not isinstance(coef, Tensor) and coef == 0
+        if self.observe is not None and no_term:
+            # computed in the same pass, since the 0 of a tensor is not looked at
+            batch["entropy_coef"] = torch.zeros((), device=logits.device)
         loss: Tensor
         if isinstance(logits, LinearLogits):
             loss, metrics = logits.iqlearn_loss(labels, **batch)
@@ -127,7 +137,9 @@ class Loss:
         if num_items is not None:
             tokens = metrics["tokens"]
             self.share = torch.where(tokens > 0, tokens / num_items, 0.0)
-        self._record(dict(metrics))
+        if self.observe is not None:
+            self.observe(metrics)
+        self._record({k: v for k, v in metrics.items() if not (no_term and k == "entropy")})
         return loss
 
     def _record(self, metrics: dict[str, Tensor]) -> None:

@@ -16,7 +16,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def apply_iqlearn(
-    model: Model, *, fused_linear: bool = False, **iqlearn_loss_options: Unpack[IQLearnOptions]
+    model: Model,
+    *,
+    fused_linear: bool | None = None,
+    **iqlearn_loss_options: Unpack[IQLearnOptions],
 ) -> Model:
     """Makes IQLearn the loss of a language model: ``model(**batch).loss`` and all built on it.
 
@@ -49,7 +52,8 @@ def apply_iqlearn(
     Args:
         model: a Transformers model with a language-modelling head, or a PEFT model around one. It
             is changed in place.
-        fused_linear: no logits are stored while ``model.training``. By default they are.
+        fused_linear: True: no logits are stored while ``model.training``. None: they are, except
+            under ``irl_ops.integrations.trl.IQLearnMixin``. False: they are.
         **iqlearn_loss_options: ``lam``, ``gamma``, ``entropy_coef``, ``ignore_index``,
             ``eos_token_id``, ``boundary``, ``detach_next``, ``inplace`` and ``backend`` of
             ``irl_ops.torch.iqlearn_loss``, with its defaults; ``z_loss`` where it has that.
