@@ -10,31 +10,31 @@ from typing import Any, NamedTuple
 from irl_ops.algebra.options import Heads, Sequence, Terms, Weighting
 from irl_ops.arguments import Arguments
 from irl_ops.options import DEFAULTS, refuse
-from irl_ops.readout import Readout
+from irl_ops.readout import PLAIN, Readout
 
 
 class Call(NamedTuple):
     """One call of a loss."""
 
     terms: Terms
-    readout: Readout
     sequence: Sequence
     weighting: Weighting
     heads: Heads
     metrics: bool  # whether they are wanted
     inplace: bool
     backend: str
+    readout: Readout = PLAIN
 
 
 class StatsCall(NamedTuple):
     """One call of ``token_stats``."""
 
     gamma: Any
-    readout: Readout
     sequence: Sequence
     heads: Heads
     entropy: bool
     backend: str
+    readout: Readout = PLAIN
 
 
 def read_loss(
@@ -84,7 +84,7 @@ def read_loss(
     arguments.check_switches(return_metrics=return_metrics, inplace=inplace)
     if inplace and weighting.reduction == "none":
         raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
-    return Call(terms, readout, sequence, weighting, heads, return_metrics, inplace, backend)
+    return Call(terms, sequence, weighting, heads, return_metrics, inplace, backend, readout)
 
 
 def read_stats(
@@ -106,7 +106,7 @@ def read_stats(
     if options:
         refuse(caller, list(options), group)
     arguments.check_switches(entropy=entropy)
-    return StatsCall(gamma, readout, sequence, heads, entropy, backend)
+    return StatsCall(gamma, sequence, heads, entropy, backend, readout)
 
 
 def _number(

@@ -46,26 +46,13 @@ FORMS: dict[str, Callable[[int], Any]] = {
 }
 
 
-class Constants:
-    """A kernel with more constants in each launch, which ``irl_ops.torch.triton`` does not set."""
-
-    def __init__(self, kernel: Any, **constants: Any) -> None:
-        self.kernel, self.constants = kernel, constants
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return lambda *given, **more: self.kernel[grid](*given, **more, **self.constants)
-
-
 @contextmanager
-def formed(form: str, block: int = 128, **constants: Any) -> Iterator[None]:
+def formed(form: str, block: int = 128) -> Iterator[None]:
     """The heavy kernel in this form, the statistics in tiles as small, and blocks as small."""
-    load = backend._kernel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "row_stats_grad", lambda vocab, *_, **__: FORMS[form](vocab))
         patch.setattr(dispatch, "row_stats", lambda vocab, _: FORMS["two passes"](vocab))
         patch.setattr(dispatch, "row_grad", lambda _: dispatch.Block(block, 4))
-        if constants:
-            patch.setattr(backend, "_kernel", lambda *name: Constants(load(*name), **constants))
         yield
 
 
@@ -85,12 +72,10 @@ class Triton(Backend):
     def __init__(self, form: str) -> None:
         self.form = form
 
-    def call(self, kernel: str, q: Placed, *given: Any, readout: Readout, **constants: Any) -> Any:
+    def call(self, kernel: str, q: Placed, *given: Any, readout: Readout) -> Any:
         moved = [x if x is None or isinstance(x, bool) else tensor(x) for x in given]
-        if readout != PLAIN:
-            constants |= dict(SCALE=readout.logit_scale, SOFTCAP=readout.softcap or 0.0)
-        with formed(self.form, 128 if q.vocab < 5000 else 4096, **constants):
-            out = getattr(backend, kernel)(tensor(q), *moved)
+        with formed(self.form, 128 if q.vocab < 5000 else 4096):
+            out = getattr(backend, kernel)(tensor(q), *moved, **readout.options)
         return [None if x is None else x.numpy() for x in out] if isinstance(out, tuple) else out
 
     def row_stats(self, q, labels, entropy=True, readout=PLAIN):
@@ -106,8 +91,7 @@ class Triton(Backend):
         return self.call("label_logit", q, labels, readout=readout).numpy()
 
     def set_label(self, y, labels, elements, readout=PLAIN, label_logit=None):
-        given = {} if label_logit is None else {"label_logit": tensor(label_logit)}
-        self.call("set_label_", y, labels, elements, readout=readout, **given)
+        self.call("set_label_", y, labels, elements, label_logit, readout=readout)
 
 
 class TestTriton(ReadoutKernels, examples=60):
