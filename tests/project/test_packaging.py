@@ -30,8 +30,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution, and the wheel built from it, of a copy of the sources.
 
     A copy, so that nothing is written into the checkout; without isolation, so that nothing is
-    downloaded.
+    downloaded. The environment variable IRL_OPS_DIST names a folder where that was done already.
     """
+    if os.environ.get("IRL_OPS_DIST"):
+        return Path(os.environ["IRL_OPS_DIST"])
     work = tmp_path_factory.mktemp("packaging")
     shutil.copytree(
         ROOT, work / "source", symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCES)
