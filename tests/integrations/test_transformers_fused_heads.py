@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from irl_ops.integrations.transformers import apply_iqlearn
 from irl_ops.integrations.transformers.fused import Made, UnstoredLogits
+from irl_ops.torch import linear_token_stats
 
 from .tiny_transformers import OPTIONS, VOCAB, close_loss, collate, examples, llama, naive_loss
 
@@ -46,7 +47,8 @@ def test_scales_caps_and_biases_are_taken_down(treat):
     value = []
 
     def compute(logits):
-        value.append(logits.token_stats(labels).value)
+        stats = linear_token_stats(logits.hidden, logits.weight, labels, **logits.layer)
+        value.append(stats.value)
         return logits.iqlearn_loss(labels)[0]
 
     treat(UnstoredLogits(Made(layer, hidden), torch.float32)).within_layer(compute)
