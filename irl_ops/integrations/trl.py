@@ -73,8 +73,6 @@ class IQLearnMixin:
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         self._iqlearn = loss
         trainer: Any = self
-        if loss.fused_linear is None:  # only now is it known whether an adapter is on the head
-            loss.fused_linear = _fits(transformers_model(trainer.model))
         if trainer.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={trainer.args.loss_type!r} would be ignored; accepted: 'nll', in whose "
@@ -85,6 +83,8 @@ class IQLearnMixin:
                 f"label_smoothing_factor={trainer.args.label_smoothing_factor} would be ignored; "
                 "accepted: 0"
             )
+        if loss.fused_linear is None:  # only now is it known whether an adapter is on the head
+            loss.fused_linear = _fits(transformers_model(trainer.model))
         given = [c for c in trainer.callback_handler.callbacks if isinstance(c, IQLearnCallback)]
         (given[0] if given else IQLearnCallback()).attach(trainer)
 
