@@ -62,6 +62,7 @@ def test_losses(dtype, benchmark, report, threads, pytestconfig) -> None:
 
     peers = [
         named("IQLearn", lambda q, a: irl.iqlearn_loss(q, a)),
+        named("IQLearn, compiled", torch.compile(lambda q, a: irl.iqlearn_loss(q, a))),
         named("MLE", lambda q, a: irl.mle_loss(q, a)),
         named("IQLearn, naive eager", naive.iqlearn_loss),
         named("IQLearn, naive compiled", torch.compile(lambda q, a: naive.iqlearn_loss(q, a))),

@@ -13,6 +13,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.algebra import Sequence
 from irl_ops.readout import Readout
+from irl_ops.torch import pool
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.refusals import refuse_second_derivative
@@ -62,7 +63,7 @@ def row_grad(
     softcap: float | None = None,
 ) -> Tensor:
     """``(p_j (A + B log p_j) + C 1{j = label}) dq/dx`` in the logits' dtype."""
-    dlogits, readout = torch.empty_like(logits), Readout(logit_scale, softcap).keywords
+    dlogits, readout = pool.empty_like(logits), Readout(logit_scale, softcap).keywords
     BACKENDS[backend].row_grad(logits, labels, row_max, logsum, a, b, c, dlogits, **readout)
     return dlogits
 
