@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
 from irl_ops.integrations.transformers.forward import ModelLoss
-from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss, OutputsLoss
-from irl_ops.integrations.transformers.model import applied_loss, transformers_model
+from irl_ops.integrations.transformers.loss import (
+    DATA_PARALLEL,
+    IQLearnOptions,
+    Loss,
+    OutputsLoss,
+    checked,
+)
+from irl_ops.integrations.transformers.model import (
+    applied_loss,
+    apply_iqlearn,
+    transformers_model,
+)
 from irl_ops.torch import iqlearn_loss
 
 if TYPE_CHECKING:
@@ -125,6 +136,43 @@ def loss_of(model: torch.nn.Module) -> ModelLoss | None:
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 
     return applied_loss(transformers_model(extract_model_from_parallel(model)))
+
+
+class ApplyIQLearn(IQLearnCallback):
+    """``apply_iqlearn`` for trainers that make the model themselves and let one give callbacks.
+
+    It is applied to the Trainer's model when the Trainer is made, before anything wraps it, and
+    what ``IQLearnCallback`` does is done as well.
+
+    Args:
+        fused_linear: as in ``apply_iqlearn``.
+        **options: likewise.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as ``apply_iqlearn``, for options at once.
+        RuntimeError: when the Trainer is made, if it will not tell the model how many labels a
+            step has: each micro-batch would be a mean of its own.
+    """
+
+    def __init__(
+        self, *, fused_linear: bool | None = None, **options: Unpack[IQLearnOptions]
+    ) -> None:
+        super().__init__()
+        self.fused_linear = fused_linear
+        self.options = checked("ApplyIQLearn", dict(options))
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Applies the loss to the model of the new Trainer."""
+        base = transformers_model(kwargs["model"])
+        takes_rest = any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values()
+        )
+        if not getattr(base, "accepts_loss_kwargs", takes_rest):  # what the Trainer has asked
+            raise RuntimeError(
+                f"{type(base).__name__}.forward takes no num_items_in_batch, and the Trainer will "
+                "pass none; accepted: apply_iqlearn(model, ...) before the Trainer is made"
+            )
+        apply_iqlearn(kwargs["model"], fused_linear=self.fused_linear, **self.options)
 
 
 class LamScheduleCallback(TrainerCallback):

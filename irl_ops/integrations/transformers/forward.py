@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from irl_ops.integrations.batches import check_alignment, segment_ids
 from irl_ops.integrations.transformers.fused import (
     ACCEPTED,
     LinearLogits,
@@ -36,6 +36,7 @@ class ModelLoss(Loss):
         fused_linear: forwards with labels store no logits while the model trains; None leaves that
             to a trainer.
         unstored: this forward stores none.
+        aligned: a batch has shown that its labels are not shifted yet.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -46,6 +47,7 @@ class ModelLoss(Loss):
         self.router_apart = False
         self.fused_linear: bool | None = False
         self.unstored = False
+        self.aligned = False
 
     def __call__(
         self,
@@ -181,6 +183,15 @@ class IQLearnForward:
         loss = self.loss
         if "segment_ids" not in batch:
             batch["segment_ids"] = segment_ids(inputs)
+        ids = inputs.get("input_ids")
+        if not loss.aligned and isinstance(ids, Tensor) and inputs.get("shift_labels") is None:
+            check_alignment(
+                ids,
+                inputs["labels"].to(ids.device),
+                shift=True,
+                ignore_index=loss.options.get("ignore_index", -100),
+            )
+            loss.aligned = True
         config = self.model.config.get_text_config()
         routes = inputs.get("output_router_logits")
         if routes is None:
@@ -273,24 +284,3 @@ class IQLearnForward:
             "fused cross-entropy replace a forward in this way: put "
             "irl_ops.integrations.trl.IQLearnMixin before SFTTrainer, turn Liger's loss off"
         )
-
-
-def segment_ids(inputs: Mapping[str, Any]) -> Tensor | None:
-    """What marks the documents of a packed batch, as ids [B, T]; None if nothing does.
-
-    Positions that do not increase by one start a document, but not beside padding: a left-padded
-    row has positions 1 1 1 0 1 2, and in Transformers its last padding predicts the first token.
-    """
-    labels, mask, seq_idx = inputs["labels"], inputs.get("attention_mask"), inputs.get("seq_idx")
-    if isinstance(seq_idx, Tensor):
-        return seq_idx
-    if (ends := inputs.get("cu_seq_lens_q")) is not None:
-        rows = torch.arange(labels.shape[-1], device=ends.device, dtype=ends.dtype)
-        return torch.searchsorted(ends[1:].contiguous(), rows, right=True)[None]
-    positions = inputs.get("position_ids")
-    if positions is None or positions.ndim != 2:  # 3-d: time, height and width, for images
-        return None
-    starts = positions.diff() != 1
-    if mask is not None and mask.ndim == 2:
-        starts = starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    return torch.nn.functional.pad(starts.cumsum(-1), (1, 0)).expand(labels.shape[0], -1)
