@@ -2,7 +2,7 @@
 
 In the model provider, around the model that is returned::
 
-    return apply_iqlearn(model, lam=0.1, eos_token_id=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+    return apply_iqlearn(model, lam=0.1, eos_token_id=tokenizer.eod, vocab_size=50257)
 """
 
 from __future__ import annotations

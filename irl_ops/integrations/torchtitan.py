@@ -63,8 +63,9 @@ class IQLearnLoss(BaseLoss):
     document that a row cuts off counts as ended.
 
     It must not be the ``loss_fn`` of a ``ChunkedLossWrapper``, the default of most configurations:
-    the next row is missing at each cut. ``LinearIQLearnLoss`` takes its place. The logits are whole: neither tensor-parallel nor split
-    along the sequence by context parallelism, which a loss cannot see.
+    the next row is missing at each cut. ``LinearIQLearnLoss`` takes its place. The
+    logits are whole: neither tensor-parallel nor split along the sequence by context parallelism,
+    which a loss cannot see.
 
     Raises:
         TypeError: an option's type; tensor-parallel logits; an input that it does not know.
