@@ -18,7 +18,7 @@ from irl_ops.options import IQLearnOptions
 from irl_ops.torch import iqlearn_loss
 
 
-class IQLearn(Callback):
+class IQLearn(Callback):  # type: ignore[misc]
     """``iqlearn_loss`` over the whole accumulated batch of all processes.
 
     ::
@@ -62,8 +62,9 @@ class IQLearn(Callback):
         options = {**self.options, **batch}
         trainer = self._trainer
         if not (logits.requires_grad and torch.is_grad_enabled()):
-            loss, self.metrics = iqlearn_loss(logits, labels, return_metrics=True, **options)
-            return loss
+            mean: Tensor
+            mean, self.metrics = iqlearn_loss(logits, labels, return_metrics=True, **options)
+            return mean
         if trainer is None:
             raise RuntimeError(
                 "IQLearn is no callback of the Trainer, so nobody would divide the gradients; "
@@ -71,6 +72,7 @@ class IQLearn(Callback):
             )
         if options.get("token_weights") is not None:
             raise NotImplementedError("token_weights: labels are counted here, and not weights")
+        total: Tensor
         total, self.metrics = iqlearn_loss(
             logits, labels, return_metrics=True, reduction="sum", **options
         )

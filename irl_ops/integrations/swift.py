@@ -73,9 +73,9 @@ class IQLearnLoss(Loss):
     ) -> Tensor:
         """The loss of the model's outputs."""
         template = getattr(self.trainer, "template", None)
-        if getattr(template, "sequence_parallel_size", 1) > 1:
+        if (ranks := getattr(template, "sequence_parallel_size", 1)) > 1:
             raise ValueError(
-                f"sequence_parallel_size={template.sequence_parallel_size} splits sequences over "
+                f"sequence_parallel_size={ranks} splits sequences over "
                 "processes, and the TD term needs the next row; accepted: 1"
             )
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs.logits

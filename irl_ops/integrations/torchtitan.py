@@ -27,7 +27,7 @@ if TYPE_CHECKING or importlib.util.find_spec("torchtitan") is None:
         class Config:
             """What ``build`` makes a loss of."""
 
-            def build(self: Any, **kwargs: Any) -> IQLearnLoss:
+            def build(self: Any, **kwargs: Any) -> Any:
                 """The loss."""
                 return IQLearnLoss(self, **kwargs)
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING or importlib.util.find_spec("torchtitan") is None:
             num_chunks: int = 8
             loss_fn: Any = None
 
-            def build(self: Any, **kwargs: Any) -> LinearIQLearnLoss:
+            def build(self: Any, **kwargs: Any) -> Any:
                 """The loss."""
                 return LinearIQLearnLoss(self, **kwargs)
 
@@ -135,10 +135,9 @@ class IQLearnLoss(BaseLoss):
         width = self.config.vocab_size
         if width is not None and pred.shape[-1] != width:
             raise ValueError(f"pred has {pred.shape[-1]} columns; accepted: vocab_size={width}")
-        return _scaled(
-            *iqlearn_loss(pred, labels, **self._call(labels, global_valid_tokens, positions)),
-            global_valid_tokens,
-        )
+        options = self._call(labels, global_valid_tokens, positions)
+        loss, metrics = iqlearn_loss(pred, labels, return_metrics=True, **options)
+        return _scaled(loss, metrics, global_valid_tokens)
 
     def _call(
         self, labels: Tensor, global_valid_tokens: Tensor | None, positions: Tensor | None
@@ -159,7 +158,6 @@ class IQLearnLoss(BaseLoss):
             "position_ids": positions,
             "num_items": global_valid_tokens,
             "reduction": "sum" if global_valid_tokens is None else "mean",
-            "return_metrics": True,
             "backend": self.config.backend,
         }
 
@@ -225,10 +223,10 @@ class LinearIQLearnLoss(ChunkedLossWrapper):
                     f"lm_head has {layer.weight.shape[0]} columns; accepted: vocab_size={width}"
                 )
             loss, metrics = linear_iqlearn_loss(
-                hidden, layer.weight, labels, bias=layer.bias, **options
+                hidden, layer.weight, labels, return_metrics=True, bias=layer.bias, **options
             )
             found.append(metrics)
-            return loss  # type: ignore[no-any-return]
+            return loss
 
         earlier = vars(layer).get("forward")
         vars(layer)["forward"] = forward

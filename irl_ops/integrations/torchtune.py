@@ -39,9 +39,7 @@ class IQLearnLoss(irl_ops.torch.IQLearnLoss):
         try_options(dict(options))
         self._seen = False
 
-    def forward(  # type: ignore[override]
-        self, logits: Tensor | list[Tensor], labels: Tensor, **unused: Any
-    ) -> Tensor:
+    def forward(self, logits: Tensor | list[Tensor], labels: Tensor, **unused: Any) -> Tensor:
         """The mean over the labelled rows of logits [N, V] and labels [N]."""
         if not isinstance(logits, Tensor):
             raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class ModelLoss(Loss):
         router_apart: the caller adds the router's loss; the forward leaves it out of its own.
         fused_linear: forwards with labels store no logits while the model trains; None leaves that
             to a trainer.
+        chosen: a trainer has said so, and takes it back where the model does more with them.
         unstored: this forward stores none.
         aligned: a batch has shown that its labels are not shifted yet.
     """
@@ -46,8 +47,13 @@ class ModelLoss(Loss):
         self.total: Tensor | None = None
         self.router_apart = False
         self.fused_linear: bool | None = False
+        self.chosen = False
         self.unstored = False
         self.aligned = False
+
+    def choose(self, fused_linear: bool) -> None:
+        """What a trainer thinks best, where the user has not said."""
+        self.fused_linear, self.chosen = fused_linear, True
 
     def __call__(
         self,
@@ -157,14 +163,29 @@ class IQLearnForward:
                         f"what its forward takes, and {', '.join(BATCH_OPTIONS)}"
                     )
             batch = {name: value for name, value in batch.items() if value is not None}
-            run = self._aligned if self.model.config.is_encoder_decoder else self._shifted
+            batch["num_items"] = num_items
             self.loss.unstored = bool(self.loss.fused_linear) and self.model.training
-            with unstored_logits(self.model) if self.loss.unstored else nullcontext():
-                outputs = run(inputs, {"num_items": num_items, **batch})
-            return without_logits(outputs) if self.loss.unstored else outputs
+            if not self.loss.unstored:
+                return self._with_labels(inputs, batch)
+            try:
+                with unstored_logits(self.model):
+                    return without_logits(self._with_labels(dict(inputs), dict(batch)))
+            except NotImplementedError as error:
+                if not self.loss.chosen:
+                    raise
+                warnings.warn(
+                    f"the logits of {type(self.model).__name__} are stored after all: {error}",
+                    stacklevel=2,
+                )
+                self.loss.fused_linear = self.loss.unstored = False
+                return self._with_labels(inputs, batch)
         finally:
             self.running -= 1
             self.loss.unstored = False
+
+    def _with_labels(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+        aligned = self.model.config.is_encoder_decoder
+        return self._aligned(inputs, batch) if aligned else self._shifted(inputs, batch)
 
     def _positional(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self.names[: len(args)], args, strict=True))

@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from irl_ops.integrations.transformers import IQLearnCallback
 from irl_ops.integrations.transformers.forward import ModelLoss
-from irl_ops.integrations.transformers.fused import last_layer
+from irl_ops.integrations.transformers.fused import fits
 from irl_ops.integrations.transformers.model import applied_loss, transformers_model
 
 
@@ -84,7 +84,7 @@ class IQLearnMixin:
         self._iqlearn = loss = self._apply()
         self._padding_seen = False
         if loss.fused_linear is None:  # only now is it known whether an adapter is on the head
-            loss.fused_linear = _fits(transformers_model(trainer.model))
+            loss.choose(fits(transformers_model(trainer.model)))
         given = [c for c in trainer.callback_handler.callbacks if isinstance(c, IQLearnCallback)]
         (given[0] if given else IQLearnCallback()).attach(trainer)
 
@@ -175,15 +175,6 @@ class IQLearnMixin:
         if mode == "train":
             trainer._total_train_tokens += int(tokens_seen) // trainer._tp_size
         metrics["num_tokens"] = [trainer._total_train_tokens]
-
-
-def _fits(model: torch.nn.Module) -> bool:
-    """Whether the logits of the model can be left out, as far as its head shows."""
-    try:
-        last_layer(model)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _count(counts: list[Tensor], metrics: dict[str, Tensor]) -> None:
