@@ -79,9 +79,8 @@ class IQLearn(Callback):  # type: ignore[misc]
         items = self.metrics["tokens"]
         self._items = items if self._items is None else self._items + items
         # What is returned is divided by the steps before its gradient is taken.
-        return (total.detach() / items.clamp(min=1)) + (
-            trainer.accumulate_grad_batches * (total - total.detach())
-        )
+        slope: Tensor = trainer.accumulate_grad_batches * (total - total.detach())
+        return total.detach() / items.clamp(min=1) + slope
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the first batch of a fit, validation or test."""

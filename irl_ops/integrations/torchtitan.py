@@ -222,6 +222,7 @@ class LinearIQLearnLoss(ChunkedLossWrapper):
                 raise ValueError(
                     f"lm_head has {layer.weight.shape[0]} columns; accepted: vocab_size={width}"
                 )
+            loss: Tensor
             loss, metrics = linear_iqlearn_loss(
                 hidden, layer.weight, labels, return_metrics=True, bias=layer.bias, **options
             )
