@@ -1,5 +1,6 @@
 """The loss as torchtitan 0.3.0 builds and calls it: shifted labels, positions, a global count."""
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import irl_ops.torch as irl
-from irl_ops.integrations.torchtitan import IQLearnLoss
+from irl_ops.integrations.torchtitan import IQLearnLoss, LinearIQLearnLoss
 
 from .. import naive
 
@@ -148,6 +149,66 @@ def test_chunks_are_refused_when_built_and_when_called(batch):
     chunked, _ = wrapped(logits, labels, positions=positions)
     whole, _ = inner(logits, labels, positions=positions)
     assert abs(chunked - whole) > 0.01 * whole
+
+
+def linear(**options):
+    """In the wrapper's place, as the trainer makes it and gives it the last layer."""
+    config = LinearIQLearnLoss.Config(loss_fn=IQLearnLoss.Config(**OPTIONS | options))
+    return config.build(compile_config=None)
+
+
+def test_hidden_states_take_the_step_of_float64_autograd(batch):
+    """Two micro-batches; the last layer's forward hooks, where FSDP gathers, run once for each."""
+    _, labels, positions = batch
+    layer = torch.nn.Linear(6, VOCAB)
+    hidden = torch.randn(*labels.shape, 6, requires_grad=True)
+    double = copy.deepcopy(layer).double(), hidden.detach().double().requires_grad_()
+    count = torch.tensor(labels.numel())
+    expected = reference(double[0](double[1]), labels, positions, count)
+    expected.backward()
+    loss_fn = linear(vocab_size=VOCAB)
+    loss_fn.set_lm_head(layer)
+    gathered = []
+    layer.register_forward_pre_hook(lambda module, given: gathered.append(given))
+    total = 0
+    for part in (slice(0, 1), slice(1, None)):
+        given = hidden[part], labels[part], count
+        loss, metrics = loss_fn(*given, positions=positions[part])
+        loss.backward()
+        total += loss.detach()
+    close(total, expected)
+    close(hidden.grad, double[1].grad)
+    for ours, theirs in zip(layer.parameters(), double[0].parameters(), strict=True):
+        close(ours.grad, theirs.grad)
+    assert len(gathered) == 2 and "forward" not in vars(layer)
+    assert {"nll_mean", "td_mean", "value_mean", "reward_mean"} <= set(metrics)
+    with torch.no_grad():
+        close(loss_fn(hidden, labels, count, positions=positions)[0], expected)
+
+
+def test_hidden_states_that_are_refused(batch):
+    _, labels, positions = batch
+    hidden = torch.randn(*labels.shape, 6)
+    with pytest.raises(RuntimeError, match="lm_head=None; accepted: after set_lm_head"):
+        linear()(hidden, labels, positions=positions)
+    with pytest.raises(TypeError, match=r"loss_fn=.*; accepted: IQLearnLoss\.Config"):
+        LinearIQLearnLoss.Config(loss_fn=ChunkedLossWrapper.Config()).build()
+    loss_fn = linear(vocab_size=22)
+    loss_fn.set_lm_head(torch.nn.Linear(6, VOCAB))
+    with pytest.raises(ValueError, match="lm_head has 11 columns; accepted: vocab_size=22"):
+        loss_fn(hidden, labels, positions=positions)
+    with pytest.raises(ValueError, match="positions=None"):
+        loss_fn(hidden, labels)
+    with pytest.raises(TypeError, match=r"inputs \['weights'\]"):
+        loss_fn(hidden, labels, positions=positions, weights=labels)
+    loss_fn.set_lm_head(torch.nn.Identity())
+    with pytest.raises(TypeError, match="lm_head=Identity; accepted: nn"):
+        loss_fn(hidden, labels, positions=positions)
+
+
+def test_the_refusal_of_chunks_names_what_stores_no_logits_either():
+    with pytest.raises(RuntimeError, match=r"accepted: .* loss=LinearIQLearnLoss\.Config"):
+        ChunkedLossWrapper(ChunkedLossWrapper.Config(), compile_config=None)
 
 
 def test_bad_options_and_inputs_are_named(batch):

@@ -14,10 +14,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from irl_ops.integrations.batches import segment_ids
 from irl_ops.integrations.transformers import (
     apply_iqlearn,
 )
-from irl_ops.integrations.transformers.forward import segment_ids
 from irl_ops.integrations.transformers.loss import BATCH_OPTIONS
 
 from .tiny_transformers import (

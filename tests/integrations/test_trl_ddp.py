@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-MODES = ("completions", "packed", "stored", "lora", "mixture")
+MODES = ("completions", "packed", "stored", "lora", "mixture", "trainer")
 STORED = {"stored": False}  # whether logits are; by default not
 LR = 0.1
 
@@ -28,6 +28,7 @@ def setting(name, trl):
         "packed": (trl.llama, trl.text_data, {"packing": True, "max_length": 16}),
         "stored": (trl.llama, trl.text_data, {"packing": True, "max_length": 16}),
         "lora": (trl.llama, trl.prompt_data, {}),
+        "trainer": (trl.llama, trl.text_data, {"packing": True, "max_length": 16}),
         "mixture": (trl.mixtral, trl.prompt_data, {"router_aux_loss_coef": 0.5}),
     }[name]
     rows, documents = make()
@@ -50,19 +51,18 @@ def main(folder: Path) -> None:
     package.__path__ = [str(here)]
     sys.modules["tests"] = package
     trl = importlib.import_module("tests.integrations.test_trl")
+    made = importlib.import_module("tests.integrations.test_trl_trainer")
 
     torch.set_num_threads(1)
     for name in MODES:
         model, rows, _, arguments = setting(name, trl)
-        trainer = trl.sft(
-            trl.apply_iqlearn(
-                model, fused_linear=False if name == "stored" else None, **trl.OPTIONS
-            ),
-            rows,
-            folder,
-            per_device_train_batch_size=1,
-            **arguments,
-        )
+        arguments["per_device_train_batch_size"] = 1
+        if name == "trainer":
+            trainer = made.trainer(model, rows, folder, **arguments)
+        else:
+            fused_linear = False if name == "stored" else None
+            applied = trl.apply_iqlearn(model, fused_linear=fused_linear, **trl.OPTIONS)
+            trainer = trl.sft(applied, rows, folder, **arguments)
         assert trainer.args.world_size == 2
         before = trl.parameters(trainer.model)
         trainer.train()

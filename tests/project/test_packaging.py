@@ -120,7 +120,7 @@ def test_constraints_are_exact_and_name_no_index():
 
 def test_no_page_and_no_message_installs_from_an_index_what_is_in_none():
     """The package is in no index: `pip install irl-ops` would fetch what others might put there."""
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
     files += [
         p for folder in ("irl_ops", "kernels", "examples") for p in ROOT.glob(f"{folder}/**/*.py")
     ]

@@ -13,8 +13,18 @@ over the labelled rows where nobody counts. ``eval_loss`` is then the training l
 perplexity is exp(eval_nll), and ``IQLearnCallback`` logs that nll.
 """
 
-from irl_ops.integrations.transformers.callbacks import IQLearnCallback, LamScheduleCallback
+from irl_ops.integrations.transformers.callbacks import (
+    ApplyIQLearn,
+    IQLearnCallback,
+    LamScheduleCallback,
+)
 from irl_ops.integrations.transformers.loss import iqlearn_loss_func
 from irl_ops.integrations.transformers.model import apply_iqlearn
 
-__all__ = ["IQLearnCallback", "LamScheduleCallback", "apply_iqlearn", "iqlearn_loss_func"]
+__all__ = [
+    "ApplyIQLearn",
+    "IQLearnCallback",
+    "LamScheduleCallback",
+    "apply_iqlearn",
+    "iqlearn_loss_func",
+]

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
 from irl_ops.integrations.transformers.forward import ModelLoss
-from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss, OutputsLoss
-from irl_ops.integrations.transformers.model import applied_loss, transformers_model
+from irl_ops.integrations.transformers.fused import fits
+from irl_ops.integrations.transformers.loss import (
+    DATA_PARALLEL,
+    IQLearnOptions,
+    Loss,
+    OutputsLoss,
+    checked,
+)
+from irl_ops.integrations.transformers.model import (
+    applied_loss,
+    apply_iqlearn,
+    transformers_model,
+)
 from irl_ops.torch import iqlearn_loss
 
 if TYPE_CHECKING:
@@ -46,6 +58,11 @@ class IQLearnCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> None:
         """Puts this callback before all others of ``trainer``: reporters then see the metrics.
 
+        Where ``apply_iqlearn`` left it open, no logits are stored in training from now on: nothing
+        in a Trainer reads them. They are if it has a ``compute_loss`` of its own, compiles the
+        model, or runs FSDP1 or tensor parallelism, and where the model does more with them than
+        scale, cap or shift them by a bias (with a warning).
+
         Raises:
             ValueError: the Trainer's ``compute_loss_func`` is ``irl_ops.torch.iqlearn_loss``.
         """
@@ -56,6 +73,10 @@ class IQLearnCallback(TrainerCallback):
             )
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+        model: Any = trainer.model
+        loss = None if self.loss_func is not None else loss_of(model)
+        if loss is not None and loss.fused_linear is None:
+            loss.choose(_reads_no_logits(trainer) and fits(transformers_model(model)))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuses what would train something else without a word."""
@@ -125,6 +146,53 @@ def loss_of(model: torch.nn.Module) -> ModelLoss | None:
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 
     return applied_loss(transformers_model(extract_model_from_parallel(model)))
+
+
+def _reads_no_logits(trainer: Any) -> bool:
+    """Whether logits can be left out of a Trainer's steps, as far as the Trainer goes."""
+    from transformers import Trainer
+
+    accelerator = trainer.accelerator
+    fsdp1 = trainer.is_fsdp_enabled and not getattr(accelerator, "is_fsdp2", False)
+    plain = type(trainer).compute_loss is Trainer.compute_loss
+    return plain and not (trainer.args.torch_compile or fsdp1 or trainer.get_tp_size() > 1)
+
+
+class ApplyIQLearn(IQLearnCallback):
+    """``apply_iqlearn`` for trainers that make the model themselves and let one give callbacks.
+
+    It is applied to the Trainer's model when the Trainer is made, before anything wraps it, and
+    what ``IQLearnCallback`` does is done as well.
+
+    Args:
+        fused_linear: as in ``apply_iqlearn``.
+        **options: likewise.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as ``apply_iqlearn``, for options at once.
+        RuntimeError: when the Trainer is made, if it will not tell the model how many labels a
+            step has: each micro-batch would be a mean of its own.
+    """
+
+    def __init__(
+        self, *, fused_linear: bool | None = None, **options: Unpack[IQLearnOptions]
+    ) -> None:
+        super().__init__()
+        self.fused_linear = fused_linear
+        self.options = checked("ApplyIQLearn", dict(options))
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Applies the loss to the model of the new Trainer."""
+        base = transformers_model(kwargs["model"])
+        takes_rest = any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values()
+        )
+        if not getattr(base, "accepts_loss_kwargs", takes_rest):  # what the Trainer has asked
+            raise RuntimeError(
+                f"{type(base).__name__}.forward takes no num_items_in_batch, and the Trainer will "
+                "pass none; accepted: apply_iqlearn(model, ...) before the Trainer is made"
+            )
+        apply_iqlearn(kwargs["model"], fused_linear=self.fused_linear, **self.options)
 
 
 class LamScheduleCallback(TrainerCallback):

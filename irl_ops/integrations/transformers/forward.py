@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from irl_ops.integrations.batches import check_alignment, segment_ids
 from irl_ops.integrations.transformers.fused import (
     ACCEPTED,
     LinearLogits,
@@ -35,7 +35,9 @@ class ModelLoss(Loss):
         router_apart: the caller adds the router's loss; the forward leaves it out of its own.
         fused_linear: forwards with labels store no logits while the model trains; None leaves that
             to a trainer.
+        chosen: a trainer has said so, and takes it back where the model does more with them.
         unstored: this forward stores none.
+        aligned: a batch has shown that its labels are not shifted yet.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -45,7 +47,13 @@ class ModelLoss(Loss):
         self.total: Tensor | None = None
         self.router_apart = False
         self.fused_linear: bool | None = False
+        self.chosen = False
         self.unstored = False
+        self.aligned = False
+
+    def choose(self, fused_linear: bool) -> None:
+        """What a trainer thinks best, where the user has not said."""
+        self.fused_linear, self.chosen = fused_linear, True
 
     def __call__(
         self,
@@ -155,14 +163,29 @@ class IQLearnForward:
                         f"what its forward takes, and {', '.join(BATCH_OPTIONS)}"
                     )
             batch = {name: value for name, value in batch.items() if value is not None}
-            run = self._aligned if self.model.config.is_encoder_decoder else self._shifted
+            batch["num_items"] = num_items
             self.loss.unstored = bool(self.loss.fused_linear) and self.model.training
-            with unstored_logits(self.model) if self.loss.unstored else nullcontext():
-                outputs = run(inputs, {"num_items": num_items, **batch})
-            return without_logits(outputs) if self.loss.unstored else outputs
+            if not self.loss.unstored:
+                return self._with_labels(inputs, batch)
+            try:
+                with unstored_logits(self.model):
+                    return without_logits(self._with_labels(dict(inputs), dict(batch)))
+            except NotImplementedError as error:
+                if not self.loss.chosen:
+                    raise
+                warnings.warn(
+                    f"the logits of {type(self.model).__name__} are stored after all: {error}",
+                    stacklevel=2,
+                )
+                self.loss.fused_linear = self.loss.unstored = False
+                return self._with_labels(inputs, batch)
         finally:
             self.running -= 1
             self.loss.unstored = False
+
+    def _with_labels(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+        aligned = self.model.config.is_encoder_decoder
+        return self._aligned(inputs, batch) if aligned else self._shifted(inputs, batch)
 
     def _positional(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self.names[: len(args)], args, strict=True))
@@ -181,6 +204,15 @@ class IQLearnForward:
         loss = self.loss
         if "segment_ids" not in batch:
             batch["segment_ids"] = segment_ids(inputs)
+        ids = inputs.get("input_ids")
+        if not loss.aligned and isinstance(ids, Tensor) and inputs.get("shift_labels") is None:
+            check_alignment(
+                ids,
+                inputs["labels"].to(ids.device),
+                shift=True,
+                ignore_index=loss.options.get("ignore_index", -100),
+            )
+            loss.aligned = True
         config = self.model.config.get_text_config()
         routes = inputs.get("output_router_logits")
         if routes is None:
@@ -273,24 +305,3 @@ class IQLearnForward:
             "fused cross-entropy replace a forward in this way: put "
             "irl_ops.integrations.trl.IQLearnMixin before SFTTrainer, turn Liger's loss off"
         )
-
-
-def segment_ids(inputs: Mapping[str, Any]) -> Tensor | None:
-    """What marks the documents of a packed batch, as ids [B, T]; None if nothing does.
-
-    Positions that do not increase by one start a document, but not beside padding: a left-padded
-    row has positions 1 1 1 0 1 2, and in Transformers its last padding predicts the first token.
-    """
-    labels, mask, seq_idx = inputs["labels"], inputs.get("attention_mask"), inputs.get("seq_idx")
-    if isinstance(seq_idx, Tensor):
-        return seq_idx
-    if (ends := inputs.get("cu_seq_lens_q")) is not None:
-        rows = torch.arange(labels.shape[-1], device=ends.device, dtype=ends.dtype)
-        return torch.searchsorted(ends[1:].contiguous(), rows, right=True)[None]
-    positions = inputs.get("position_ids")
-    if positions is None or positions.ndim != 2:  # 3-d: time, height and width, for images
-        return None
-    starts = positions.diff() != 1
-    if mask is not None and mask.ndim == 2:
-        starts = starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    return torch.nn.functional.pad(starts.cumsum(-1), (1, 0)).expand(labels.shape[0], -1)

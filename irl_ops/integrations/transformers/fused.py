@@ -326,6 +326,15 @@ def last_layer(model: Any) -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
+def fits(model: Any) -> bool:
+    """Whether the logits of the model can be left out, as far as its last layer shows."""
+    try:
+        last_layer(model)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def linears(layer: Any) -> list[nn.Linear]:
     """The layers one of which ``layer`` calls; none if it does more than that."""
     inner = [layer]

@@ -210,9 +210,11 @@ class OutputsLoss(Loss):
         """The loss of the model's outputs."""
         if labels is None:
             raise ValueError("labels=None; accepted: the labels of the batch")
-        if not isinstance(outputs, Mapping) or outputs.get("logits") is None:
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if not isinstance(logits, Tensor):  # Unsloth has an object that stands for none
             raise ValueError(
-                f"outputs={type(outputs).__name__} without logits; accepted: a ModelOutput"
+                f"outputs={type(outputs).__name__} without logits; accepted: a ModelOutput with "
+                "them, which a fused loss (Liger, Unsloth) leaves out where it sees labels"
             )
         if self.shift and "encoder_last_hidden_state" in outputs:
             raise ValueError(
@@ -225,4 +227,4 @@ class OutputsLoss(Loss):
                     f"outputs.{key}: a router's loss would be dropped; accepted: "
                     "apply_iqlearn(model, ...), which keeps it, or output_router_logits=False"
                 )
-        return self.compute(outputs["logits"], labels, num_items_in_batch, shift=self.shift)
+        return self.compute(logits, labels, num_items_in_batch, shift=self.shift)

@@ -52,8 +52,10 @@ def apply_iqlearn(
     Args:
         model: a Transformers model with a language-modelling head, or a PEFT model around one. It
             is changed in place.
-        fused_linear: True: no logits are stored while ``model.training``. None: they are, except
-            under ``irl_ops.integrations.trl.IQLearnMixin``. False: they are.
+        fused_linear: True: no logits are stored while ``model.training``. False: they are. None:
+            trainers decide, and they are stored elsewhere: in a Trainer to which an
+            ``IQLearnCallback`` was attached, and in those of ``irl_ops.integrations.trl``, they are
+            not, where the model allows it.
         **iqlearn_loss_options: ``lam``, ``gamma``, ``entropy_coef``, ``ignore_index``,
             ``eos_token_id``, ``boundary``, ``detach_next``, ``inplace`` and ``backend`` of
             ``irl_ops.torch.iqlearn_loss``, with its defaults; ``z_loss`` where it has that.
@@ -94,7 +96,7 @@ def apply_iqlearn(
     elif getattr(vars(base)["forward"], "__func__", None) is type(base).forward:
         # What accelerate's wrapper of a mixed-precision forward becomes when it is pickled.
         vars(base)["forward"] = vars(base)["_iqlearn"]
-    loss.options, loss.fused_linear = options, fused_linear
+    loss.options, loss.fused_linear, loss.chosen = options, fused_linear, False
     loss.watch_ends(base.config)
     base.loss_function = loss
     return model

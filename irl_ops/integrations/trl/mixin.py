@@ -1,4 +1,4 @@
-"""IQLearn in TRL's ``SFTTrainer``, whose own loss is computed from hidden states."""
+"""The loss of a model in TRL's ``SFTTrainer``, which computes one of its own from hidden states."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from irl_ops.integrations.transformers import IQLearnCallback
-from irl_ops.integrations.transformers.fused import last_layer
+from irl_ops.integrations.transformers.forward import ModelLoss
+from irl_ops.integrations.transformers.fused import fits
 from irl_ops.integrations.transformers.model import applied_loss, transformers_model
 
 
@@ -42,7 +44,9 @@ class IQLearnMixin:
     Raises:
         TypeError: when subclassed behind a class that computes the loss.
         ValueError: when made, for a model without ``apply_iqlearn``, a ``loss_type`` other than
-            "nll", a ``compute_loss_func``, or label smoothing.
+            "nll", a ``compute_loss_func``, or label smoothing; at the first step, for padding on
+            the left that would be trained, and for labels that are shifted already.
+        NotImplementedError: when made, for data with images.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: D105
@@ -56,22 +60,12 @@ class IQLearnMixin:
                 )
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(model, str):
-            raise ValueError(
-                f"model={model!r}; accepted: a loaded model, after apply_iqlearn(model, ...)"
-            )
-        loss = applied_loss(transformers_model(model))
-        if loss is None:
-            raise ValueError(
-                f"model={type(model).__name__} without IQLearn; accepted: one after "
-                "apply_iqlearn(model, ...)"
-            )
+        self._check_model(model)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "compute_loss_func: the loss is that of apply_iqlearn(model, ...); accepted: None"
             )
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
-        self._iqlearn = loss
         trainer: Any = self
         if trainer.args.loss_type != "nll":
             raise ValueError(
@@ -83,10 +77,49 @@ class IQLearnMixin:
                 f"label_smoothing_factor={trainer.args.label_smoothing_factor} would be ignored; "
                 "accepted: 0"
             )
+        if isinstance(trainer.data_collator, DataCollatorForVisionLanguageModeling):
+            raise NotImplementedError(
+                "DataCollatorForVisionLanguageModeling: images were never tried; accepted: text"
+            )
+        self._iqlearn = loss = self._apply()
+        self._padding_seen = False
         if loss.fused_linear is None:  # only now is it known whether an adapter is on the head
-            loss.fused_linear = _fits(transformers_model(trainer.model))
+            loss.choose(fits(transformers_model(trainer.model)))
         given = [c for c in trainer.callback_handler.callbacks if isinstance(c, IQLearnCallback)]
         (given[0] if given else IQLearnCallback()).attach(trainer)
+
+    def _check_model(self, model: Any) -> None:
+        """Before TRL sees the model."""
+        if isinstance(model, str):
+            raise ValueError(
+                f"model={model!r}; accepted: a loaded model, after apply_iqlearn(model, ...), or "
+                "IQLearnSFTTrainer"
+            )
+        if applied_loss(transformers_model(model)) is None:
+            raise ValueError(
+                f"model={type(model).__name__} without IQLearn; accepted: one after "
+                "apply_iqlearn(model, ...), or IQLearnSFTTrainer"
+            )
+
+    def _apply(self) -> ModelLoss:
+        """What ``apply_iqlearn`` has put on the model that TRL has made of the one given."""
+        trainer: Any = self
+        loss = applied_loss(transformers_model(trainer.model))
+        assert loss is not None
+        return loss
+
+    def _check_padding(self, inputs: dict[str, Any]) -> None:
+        """Once: a padding row that scores a document's first token, as Transformers has it too."""
+        mask, self._padding_seen = inputs.get("attention_mask"), True
+        if mask is None or mask.ndim != 2:
+            return
+        scored = (mask[:, 1:] != 0) & (mask[:, :-1] == 0) & (inputs["labels"][:, 1:] != -100)
+        if scored.any():
+            raise ValueError(
+                "the batch is padded on the left, and its padding would be trained to predict the "
+                "first token; accepted: padding on the right, as of TRL's collator, or a label of "
+                "-100 at the first token of each document"
+            )
 
     def compute_loss(
         self,
@@ -97,6 +130,8 @@ class IQLearnMixin:
     ) -> Any:
         """The model's own loss, as a plain Trainer takes it, and TRL's metrics."""
         trainer: Any = self
+        if not self._padding_seen:
+            self._check_padding(inputs)
         inputs["use_cache"] = False
         if trainer.aux_loss_enabled:  # some models read it here alone, and not in their config
             inputs["output_router_logits"] = True
@@ -140,15 +175,6 @@ class IQLearnMixin:
         if mode == "train":
             trainer._total_train_tokens += int(tokens_seen) // trainer._tp_size
         metrics["num_tokens"] = [trainer._total_train_tokens]
-
-
-def _fits(model: torch.nn.Module) -> bool:
-    """Whether the logits of the model can be left out, as far as its head shows."""
-    try:
-        last_layer(model)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _count(counts: list[Tensor], metrics: dict[str, Tensor]) -> None:
