@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
 from irl_ops import terms
 from irl_ops.call import read_loss
-from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, signature
+from irl_ops.options import signature
 from irl_ops.torch.arguments import arguments
+from irl_ops.torch.sharded_dense import loss_of_shards
 from irl_ops.torch.forward import Loss, loss_of
+from irl_ops.torch.options import IQLearnOptions, MLEOptions, OnlineOptions
 
 
 @overload
@@ -129,17 +131,9 @@ def iqlearn_loss(
         >>> iqlearn_loss(logits, labels, lam=0.1).backward()
     """
     given = dict(options)
-    call = read_loss(
-        "iqlearn_loss",
-        IQLearnOptions,
-        arguments,
-        terms.iqlearn,
-        logits,
-        labels,
-        given,
-        return_metrics,
+    return _loss(
+        "iqlearn_loss", IQLearnOptions, terms.iqlearn, logits, labels, given, return_metrics
     )
-    return loss_of(call, logits, labels)
 
 
 @overload
@@ -196,10 +190,7 @@ def mle_loss(
         >>> mle_loss(logits, labels, entropy_coef=0.01).backward()
     """
     given = dict(options)
-    call = read_loss(
-        "mle_loss", MLEOptions, arguments, terms.mle, logits, labels, given, return_metrics
-    )
-    return loss_of(call, logits, labels)
+    return _loss("mle_loss", MLEOptions, terms.mle, logits, labels, given, return_metrics)
 
 
 @overload
@@ -289,15 +280,28 @@ def online_iqlearn_loss(
         >>> online_iqlearn_loss(logits, labels, torch.tensor([True, False])).backward()
     """
     given = dict(options)
+    return _loss(
+        "online_iqlearn_loss", OnlineOptions, terms.online_iqlearn, logits, labels, given,
+        return_metrics, is_expert,
+    )  # fmt: skip
+
+
+def _loss(
+    caller: str,
+    group: type,
+    terms_of: Any,
+    logits: Tensor,
+    labels: Tensor,
+    options: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Tensor | None = None,
+) -> Loss:
+    sharded = loss_of_shards(
+        caller, group, terms_of, logits, labels, options, return_metrics, is_expert
+    )
+    if sharded is not None:
+        return sharded
     call = read_loss(
-        "online_iqlearn_loss",
-        OnlineOptions,
-        arguments,
-        terms.online_iqlearn,
-        logits,
-        labels,
-        given,
-        return_metrics,
-        is_expert,
+        caller, group, arguments, terms_of, logits, labels, options, return_metrics, is_expert
     )
     return loss_of(call, logits, labels)

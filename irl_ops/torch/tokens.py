@@ -7,11 +7,13 @@ from typing import NamedTuple, Unpack
 from torch import Tensor
 
 from irl_ops.call import read_stats
-from irl_ops.options import StatsOptions, signature
+from irl_ops.options import signature
 from irl_ops.torch import native_tokens, ops, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import contiguous_rows, is_plain
+from irl_ops.torch.options import StatsOptions
+from irl_ops.torch.sharded_dense import stats_of_shards
 
 
 class TokenStats(NamedTuple):
@@ -81,6 +83,9 @@ def token_stats(
         torch.Size([2, 8])
     """
     given = dict(options)
+    sharded = stats_of_shards("token_stats", StatsOptions, logits, labels, given)
+    if sharded is not None:
+        return TokenStats(*sharded)  # type: ignore[arg-type]
     call = read_stats("token_stats", StatsOptions, arguments, logits, labels, given)
     backend = choose(call.backend, logits)
     logits = contiguous_rows(logits)

@@ -1,0 +1,119 @@
+"""From what users give to a loss of logits of which this process has a part."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from irl_ops.algebra import RowStatistics
+from irl_ops.call import read_loss, read_parallel, read_stats
+from irl_ops.torch import sharded
+from irl_ops.torch.arguments import arguments
+from irl_ops.torch.backends import choose
+from irl_ops.torch.forward import Loss, contiguous_rows, poison
+from irl_ops.torch.parallel import (
+    ANY_LABEL,
+    ParallelArguments,
+    Shards,
+    Whole,
+    shards_of,
+    whole_rows,
+)
+from irl_ops.torch.shards import Dense, Reading
+
+
+class Given(NamedTuple):
+    """What a parallel call was given, checked as far as it is about this process alone."""
+
+    logits: Tensor
+    labels: Tensor
+    is_expert: Tensor | None
+    shards: Shards
+    arguments: ParallelArguments
+    whole: Whole  # in the place of logits, where options are read
+    options: dict[str, Any]  # all of them, to compare with those of other ranks
+
+
+def loss_of_shards(
+    caller: str,
+    group: type,
+    terms_of: Any,
+    logits: Any,
+    labels: Any,
+    options: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Any = None,
+) -> Loss | None:
+    """A loss of the whole batch; None where nothing says that the call is parallel.
+
+    Arguments as for ``irl_ops.call.read_loss``.
+    """
+    given = _read(logits, labels, options, is_expert)
+    if given is None:
+        return None
+    logits, labels = given.logits, given.labels
+    call = read_loss(
+        caller, group, given.arguments, terms_of, given.whole, labels, options, return_metrics,
+        given.is_expert,
+    )  # fmt: skip
+    backend = choose(call.backend, logits)
+    inplace = call.inplace and torch.is_grad_enabled() and logits.requires_grad
+    if inplace:
+        arguments.check_inplace(logits)
+    part = sharded.part_of(caller, group, given.shards, labels, given.options, logits.shape[-1])
+    entropy = call.terms.entropy_coef is not None
+    how = Reading(
+        caller, given.shards.columns, part.word, entropy, backend, call.readout, inplace
+    )
+    found = sharded.loss(call, part, _reader(contiguous_rows(logits)), how)
+    if inplace:
+        poison(logits)
+    return found
+
+
+def stats_of_shards(
+    caller: str, group: type, logits: Any, labels: Any, options: dict[str, Any]
+) -> tuple[Tensor | None, ...] | None:
+    """The fields of ``TokenStats`` for the rows that are here; None as above."""
+    given = _read(logits, labels, options)
+    if given is None:
+        return None
+    logits, labels = given.logits, given.labels
+    call = read_stats(caller, group, given.arguments, given.whole, labels, options)
+    backend = choose(call.backend, logits)
+    part = sharded.part_of(caller, group, given.shards, labels, given.options, logits.shape[-1])
+    how = Reading(caller, given.shards.columns, part.word, call.entropy, backend, call.readout)
+    return sharded.token_stats(call, part, _reader(contiguous_rows(logits)), how)
+
+
+def _read(
+    logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = None
+) -> Given | None:
+    everything = dict(options)
+    parallel = read_parallel(options)
+    if all(x is None for x in parallel):
+        return None
+    local = ParallelArguments(0)
+    local.check_local(logits, labels)
+    columns = logits.shape[-1]
+    shards = shards_of(parallel, columns, labels)
+    local.rows = whole_rows(shards, labels)
+    if shards.columns is not None:
+        columns = shards.columns.size or ANY_LABEL
+    elif not columns:
+        arguments.check_logits(logits, labels)  # which raises
+    whole = Whole(logits, labels, columns)
+    return Given(logits, labels, is_expert, shards, local, whole, everything)
+
+
+def _reader(logits: Tensor) -> sharded.Read:
+    def read(
+        labels: Tensor, how: Reading, wanted: Tensor | None
+    ) -> tuple[RowStatistics, int | Tensor]:
+        box: list[Any] = []
+        row_max, logsum, label_logit, h = Dense.apply(logits, labels, how, box)  # type: ignore[no-untyped-call]
+        return RowStatistics(row_max, logsum, label_logit, h if how.entropy else None), box[0]
+
+    return read
