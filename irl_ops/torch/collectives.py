@@ -48,7 +48,7 @@ def summed(group: Group, arrays: ListOf[Tensor]) -> list[Tensor]:
         wide = torch.promote_types(wide, x.dtype)
     message = torch.cat([x.reshape(-1).to(wide) for x in arrays])
     dist.all_reduce(message, group=group)
-    parts = message.split([x.numel() for x in arrays])
+    parts = torch.split(message, [x.numel() for x in arrays])
     return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, arrays, strict=True)]
 
 

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from irl_ops import terms
 from irl_ops.call import read_loss, read_stats
-from irl_ops.options import (
-    LinearIQLearnOptions,
-    LinearMLEOptions,
-    LinearOnlineOptions,
-    LinearStatsOptions,
-    signature,
-)
-from irl_ops.torch import linear_ops
+from irl_ops.options import signature
+from irl_ops.torch import linear_ops, sharded_linear
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import arguments
 from irl_ops.torch.linear_loss import LinearAtOnce
+from irl_ops.torch.options import (
+    LinearIQLearnOptions,
+    LinearMLEOptions,
+    LinearOnlineOptions,
+    LinearStatsOptions,
+)
 from irl_ops.torch.tokens import TokenStats
 
 
@@ -253,6 +253,11 @@ def linear_token_stats(
         torch.Size([2, 8])
     """
     given: dict[str, Any] = dict(options)
+    sharded = sharded_linear.stats_of_shards(
+        "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
+    )
+    if sharded is not None:
+        return TokenStats(*sharded)  # type: ignore[arg-type]
     layer = arguments.layer(hidden, weight, given)
     call = read_stats(
         "linear_token_stats", LinearStatsOptions, arguments, _Logits(layer), labels, given
@@ -272,6 +277,11 @@ def _loss(
     return_metrics: bool,
     is_expert: Tensor | None = None,
 ) -> Loss:
+    sharded = sharded_linear.loss_of_shards(
+        caller, group, terms_of, hidden, weight, labels, options, return_metrics, is_expert
+    )
+    if sharded is not None:
+        return sharded
     layer = arguments.layer(hidden, weight, options)
     drop = arguments.drop_rows(layer.hidden, options)
     call = read_loss(

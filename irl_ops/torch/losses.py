@@ -10,9 +10,9 @@ from irl_ops import terms
 from irl_ops.call import read_loss
 from irl_ops.options import signature
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.sharded_dense import loss_of_shards
 from irl_ops.torch.forward import Loss, loss_of
 from irl_ops.torch.options import IQLearnOptions, MLEOptions, OnlineOptions
+from irl_ops.torch.sharded_dense import loss_of_shards
 
 
 @overload

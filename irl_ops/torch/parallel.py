@@ -17,11 +17,11 @@ ANY_LABEL = 2**31 - 1  # the number of columns while it is not known
 
 
 class Columns(NamedTuple):
-    """The columns ``start`` to ``start + count`` of the vocabulary; padding is behind them."""
+    """The columns ``start`` to ``start + width`` of the vocabulary; padding is behind them."""
 
     group: Group
     start: int
-    count: int
+    width: int
     size: int | None  # of the whole vocabulary without padding; None: what the shards add up to
 
 
@@ -84,10 +84,10 @@ class ParallelArguments(TorchArguments):
 
 
 class Whole:
-    """The shape and place of logits that are on many devices."""
+    """The shape and place of the whole of logits, or hidden states, that are on many devices."""
 
-    def __init__(self, here: Tensor, labels: Tensor, columns: int) -> None:
-        self.shape = (*labels.shape, columns)
+    def __init__(self, here: Tensor, columns: int) -> None:
+        self.shape = (*here.shape[:-1], columns)
         self.ndim, self.dtype, self.device = len(self.shape), here.dtype, here.device
 
 
@@ -141,8 +141,7 @@ def process_group(name: str, given: Any) -> Group:
     if isinstance(given, DeviceMesh):
         if given.ndim != 1:
             raise ValueError(
-                f"{name} is a mesh of {given.ndim} dimensions; accepted: one, such as "
-                "mesh['tp']"
+                f"{name} is a mesh of {given.ndim} dimensions; accepted: one, such as mesh['tp']"
             )
         return given.get_group()
     if not isinstance(given, dist.ProcessGroup):
@@ -153,6 +152,11 @@ def process_group(name: str, given: Any) -> Group:
     if dist.get_rank(given) < 0:
         raise ValueError(f"{name} is a group without this process; accepted: a group with it")
     return given
+
+
+def whole_columns(shards: Shards, here: int) -> int:
+    """The number of columns of the vocabulary, ANY_LABEL where the shards have yet to say."""
+    return here if shards.columns is None else shards.columns.size or ANY_LABEL
 
 
 def whole_rows(shards: Shards, labels: Tensor) -> int:
@@ -178,5 +182,3 @@ def _check_order(order: Any, labels: Any) -> None:
         raise ValueError(
             f"sequence_order is on {order.device}; accepted: {labels.device}, where the labels are"
         )
-
-

@@ -32,12 +32,14 @@ class Gather(torch.autograd.Function):
         ragged = cut.sizes is not None and len(set(cut.sizes)) > 1
         if ragged:
             assert cut.sizes is not None
-            given = tuple(_padded(x, axis, max(cut.sizes)) for x, axis in zip(given, axes))
+            longest = max(cut.sizes)
+            given = tuple(_padded(x, k, longest) for x, k in zip(given, axes, strict=True))
         words, stacked = collectives.gather(cut.group, (word,), given)
         sizes = cut.sizes if ragged else None
         whole = [_joined(x, axis, sizes) for x, axis in zip(stacked, axes, strict=True)]
         order = whole.pop() if cut.order is not None else None
-        whole = [in_order(xp, x, order) if axis == -1 else x for x, axis in zip(whole, axes)]
+        if order is not None:
+            whole = [in_order(xp, x, order) for x in whole]
         ctx.cut, ctx.own_losses, ctx.axes = cut, own_losses, axes
         order = words.new_empty(0) if order is None else order
         fixed = [x for x in (words, order, *whole) if not x.dtype.is_floating_point]
@@ -47,11 +49,8 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *above: Any) -> tuple[Tensor | None, ...]:
         """Of every array the gradient of the rows that are here."""
-        given = [
-            (i, x) for i, x in enumerate(above[2:])
-            if isinstance(x, Tensor) and x.dtype.is_floating_point
-        ]  # fmt: skip
         gradients: list[Tensor | None] = [None] * len(above[2:])
+        given = [(i, x) for i, x in enumerate(above[2:]) if ctx.needs_input_grad[4 + i]]
         whole = [x for _, x in given]
         if ctx.own_losses and whole:
             whole = collectives.summed(ctx.cut.group, whole)

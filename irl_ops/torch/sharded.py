@@ -7,6 +7,7 @@ one device would.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.algebra import BAD_LABEL, Heads, Rows, RowStatistics, Sequence, Terms, Weighting
 from irl_ops.call import Call, StatsCall
-from irl_ops.options import DEFAULTS, names_in
+from irl_ops.options import DEFAULTS, Function, names_in
 from irl_ops.torch import collectives, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.needed import needed
@@ -35,6 +36,11 @@ APART = (  # what ranks may have different, or have compared elsewhere
 
 Read = Callable[[Tensor, Reading, Tensor | None], tuple[RowStatistics, int | Tensor]]
 """``read(labels, how, wanted)``: statistics of the rows here, and the columns of the vocabulary."""
+
+
+outside_of_graphs: Callable[[Function], Function] = functools.partial(
+    torch.compiler.disable, reason="irl_ops: the ranks of a group meet outside of compiled graphs"
+)
 
 
 class Part(NamedTuple):
@@ -55,8 +61,9 @@ def part_of(
     Raises:
         ValueError: the ranks differ in an option, or in the shape of their rows.
     """
-    facts: dict[str, Any] = {"the function called": caller, "the rows of labels": _shape(shards, labels)}
-    given = {name: options.get(name, DEFAULTS[name]) for name in DEFAULTS if name in names_in(group)}
+    names = names_in(group)
+    given = {name: options.get(name, x) for name, x in DEFAULTS.items() if name in names}
+    facts: dict[str, Any] = {"the function": caller, "labels": _shape(shards, labels)}
     facts |= {name: _form(name, x) for name, x in given.items() if name not in APART}
     numbers = [x for name, x in given.items() if name in NUMBERS and not isinstance(x, Tensor)]
     for name, ranks in shards.groups:
@@ -79,7 +86,7 @@ def _form(name: str, x: Any) -> Any:
     return x
 
 
-@torch.compiler.disable(reason="irl_ops: losses over process groups run outside of the graph")  # type: ignore[untyped-decorator]
+@outside_of_graphs
 def loss(call: Call, part: Part, read: Read, reading: Reading, drop: bool = False) -> Loss:
     """Any loss of the whole batch, or of the rows here for reduction "none"; differentiable."""
     per_row = call.weighting.reduction == "none"
@@ -96,7 +103,7 @@ def loss(call: Call, part: Part, read: Read, reading: Reading, drop: bool = Fals
         return total, algebra.metrics(xp, rows.kind, weights, stats, step)
 
 
-@torch.compiler.disable(reason="irl_ops: losses over process groups run outside of the graph")  # type: ignore[untyped-decorator]
+@outside_of_graphs
 def token_stats(
     call: StatsCall, part: Part, read: Read, reading: Reading
 ) -> tuple[Tensor | None, ...]:
@@ -145,7 +152,7 @@ def _whole(
     for fits in agreed:
         row_max = row_max.where(fits, torch.nan)
     found = RowStatistics(row_max, *arrays[1:], *([None] if found.entropy is None else []))
-    rows = algebra.align(xp, inputs[0].long(), columns, call.sequence)
+    rows: Rows = algebra.align(xp, inputs[0].long(), columns, call.sequence)  # type: ignore[arg-type]
     if row_max.device.type == "cpu" and (rows.labels == BAD_LABEL).any():
         arguments.refuse_label(rows.labels, inputs[0], int(columns), call.sequence)
     return call, rows, found

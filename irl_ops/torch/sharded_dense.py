@@ -14,11 +14,11 @@ from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, contiguous_rows, poison
 from irl_ops.torch.parallel import (
-    ANY_LABEL,
     ParallelArguments,
     Shards,
     Whole,
     shards_of,
+    whole_columns,
     whole_rows,
 )
 from irl_ops.torch.shards import Dense, Reading
@@ -64,10 +64,8 @@ def loss_of_shards(
         arguments.check_inplace(logits)
     part = sharded.part_of(caller, group, given.shards, labels, given.options, logits.shape[-1])
     entropy = call.terms.entropy_coef is not None
-    how = Reading(
-        caller, given.shards.columns, part.word, entropy, backend, call.readout, inplace
-    )
-    found = sharded.loss(call, part, _reader(contiguous_rows(logits)), how)
+    how = Reading(caller, given.shards.columns, part.word, entropy, backend, call.readout, inplace)
+    found: Loss = sharded.loss(call, part, _reader(contiguous_rows(logits)), how)
     if inplace:
         poison(logits)
     return found
@@ -85,26 +83,25 @@ def stats_of_shards(
     backend = choose(call.backend, logits)
     part = sharded.part_of(caller, group, given.shards, labels, given.options, logits.shape[-1])
     how = Reading(caller, given.shards.columns, part.word, call.entropy, backend, call.readout)
-    return sharded.token_stats(call, part, _reader(contiguous_rows(logits)), how)
+    fields: tuple[Tensor | None, ...] = sharded.token_stats(
+        call, part, _reader(contiguous_rows(logits)), how
+    )
+    return fields
 
 
-def _read(
-    logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = None
-) -> Given | None:
+def _read(logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = None) -> Given | None:
     everything = dict(options)
     parallel = read_parallel(options)
     if all(x is None for x in parallel):
         return None
     local = ParallelArguments(0)
     local.check_local(logits, labels)
-    columns = logits.shape[-1]
-    shards = shards_of(parallel, columns, labels)
+    shards = shards_of(parallel, logits.shape[-1], labels)
     local.rows = whole_rows(shards, labels)
-    if shards.columns is not None:
-        columns = shards.columns.size or ANY_LABEL
-    elif not columns:
+    columns = whole_columns(shards, logits.shape[-1])
+    if not columns:
         arguments.check_logits(logits, labels)  # which raises
-    whole = Whole(logits, labels, columns)
+    whole = Whole(logits, columns)
     return Given(logits, labels, is_expert, shards, local, whole, everything)
 
 

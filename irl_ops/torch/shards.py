@@ -89,14 +89,14 @@ class Dense(torch.autograd.Function):
 
 def columns_here(x: Tensor, columns: Columns | None) -> Tensor:
     """What is no padding of ``[..., V]``; a view."""
-    return x if columns is None else x[..., : columns.count]
+    return x if columns is None else x[..., : columns.width]
 
 
 def labels_of(labels: Tensor, columns: Columns | None) -> Tensor:
     """Labels for the row kernels of this process."""
     if columns is None:
         return labels
-    mine: Tensor = labels_here(xp, labels, columns.start, columns.count)
+    mine: Tensor = labels_here(xp, labels, columns.start, columns.width)
     return mine
 
 
@@ -107,7 +107,7 @@ def whole_rows(
     if how.columns is None:
         return found, None
     columns = how.columns
-    head = (how.word, columns.start, columns.start + columns.count)
+    head = (how.word, columns.start, columns.start + columns.width)
     words, stacked = collectives.gather(columns.group, head, [x for x in found if x is not None])
     shards = RowStatistics(*stacked, *([None] if found.entropy is None else []))
     count, agreed = _spans(words, how)
@@ -130,7 +130,8 @@ def _spans(words: Tensor, how: Reading) -> tuple[int | Tensor, Tensor | None]:
         word, start, end = words.unbind(-1)
         last = torch.where(end > start, end, 0).amax()
         by_start = torch.where(end > start, start, last).argsort()
-        start, end = (torch.where(words[:, 2] > words[:, 1], x, last)[by_start] for x in (start, end))
+        some = end > start  # shards without columns go behind the others
+        start, end = (torch.where(some, x, last)[by_start] for x in (start, end))
         fits = (start[0] == 0) & (start[1:] == end[:-1]).all() & (word == word[0]).all()
         return last, fits if size is None else fits & (last == size)
     refuse_other_options(words[:, 0], "vocab_group", how.caller)

@@ -153,7 +153,9 @@ class Counted:
 
         self.kept = {}
         for name in dir(dist):
-            if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv")):
+            if name.startswith(
+                ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv")
+            ):
                 function = getattr(dist, name)
                 if callable(function):
                     self.kept[name] = function

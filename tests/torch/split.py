@@ -95,23 +95,55 @@ def jobs(call: str, case: Case, split: Split, upstream: list[Any]) -> list[dict[
     out = []
     for rank in range(split.layout[0] * split.layout[1]):
         column, shard = place(rank, split.layout)
-        start, end = split.spans[column]
-        x = split.rows(case.logits, shard, 1)
-        padding = x.new_full((*x.shape[:-1], max(0, end - x.shape[-1])), torch.nan)
-        x = torch.cat([x, padding], -1)[..., start:end]
+        x = columns(split.rows(case.logits, shard, 1), split, column, -1)
         grown, view = STRIDES[split.strides]
         leaf = torch.zeros(grown(*x.shape), dtype=x.dtype)
         seen = view(leaf)
         seen.copy_(x)
-        job = options_of(case, split, shard) | {"call": call, "layout": split.layout}
+        job = a_job(call, case, split, rank, upstream)
         job["arrays"] = {"logits": (leaf, seen.shape, seen.stride(), seen.storage_offset())}
-        job["upstream"] = [cut(split, case.labels, x, shard) for x in upstream]
-        if split.vocab:
-            job["vocab"] = True
-            job["options"] |= {"vocab_size": split.size} if split.size else {}
-            job["options"] |= {"vocab_start": start} if split.told else {}
         out.append(job)
     return out
+
+
+def linear_jobs(
+    call: str, case: Case, split: Split, upstream: list[Any], layer: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """The same of hidden states and a weight; ``layer``: hidden, weight, and bias or none."""
+    out = []
+    for rank in range(split.layout[0] * split.layout[1]):
+        column, shard = place(rank, split.layout)
+        job = a_job(call, case, split, rank, upstream)
+        hidden = split.rows(layer["hidden"], shard, 1)
+        weight = columns(layer["weight"], split, column, 0)
+        job["arrays"] = {
+            name: (x, x.shape, x.stride(), 0) for name, x in (("hidden", hidden), ("weight", weight))
+        }
+        if "bias" in layer:
+            job["options"]["bias"] = columns(layer["bias"], split, column, 0)
+        out.append(job)
+    return out
+
+
+def columns(x: Tensor, split: Split, column: int, axis: int) -> Tensor:
+    """The columns of a shard of the vocabulary; padding is NaN."""
+    start, end = split.spans[column]
+    shape = list(x.shape)
+    shape[axis] = max(0, end - x.shape[axis])
+    whole = torch.cat([x, x.new_full(shape, torch.nan)], axis)
+    return whole.narrow(axis, start, end - start).clone()
+
+
+def a_job(call: str, case: Case, split: Split, rank: int, upstream: list[Any]) -> dict[str, Any]:
+    """Everything but the arrays."""
+    column, shard = place(rank, split.layout)
+    job = options_of(case, split, shard) | {"call": call, "layout": split.layout}
+    job["upstream"] = [cut(split, case.labels, x, shard) for x in upstream]
+    if split.vocab:
+        job["vocab"] = True
+        job["options"] |= {"vocab_size": split.size} if split.size else {}
+        job["options"] |= {"vocab_start": split.spans[column][0]} if split.told else {}
+    return job
 
 
 def options_of(case: Case, split: Split, shard: int) -> dict[str, Any]:
@@ -142,37 +174,58 @@ def refuse_errors(answers: list[dict[str, Any]]) -> None:
         assert "error" not in answer, answer["trace"]
 
 
-def outcome(split: Split, case: Case, sent: list[dict], answers: list[dict]) -> Outcome:
-    """The whole loss and gradients, from those of the ranks."""
+def outputs(split: Split, answers: list[dict[str, Any]]) -> list[Tensor | None]:
+    """The whole outputs, which all ranks of a shard of the sequence have alike, to the last bit."""
     refuse_errors(answers)
-    columns, shards = split.layout
-    losses, logits, heads = [], [], {}
-    for shard in range(shards):
-        ranks = [shard * columns + i for i in range(columns)]
-        for rank in ranks:  # alike on all, to the last bit
-            for a, b in zip(answers[rank]["outputs"], answers[ranks[0]]["outputs"], strict=True):
-                assert torch.equal(a.nan_to_num(1e30), b.nan_to_num(1e30))
-        losses.append(answers[ranks[0]]["outputs"][0])
-        parts = []
+    parts: list[list[Tensor]] = []
+    for shard in range(split.layout[1]):
+        ranks = range(shard * split.layout[0], (shard + 1) * split.layout[0])
+        first = answers[ranks[0]]["outputs"]
         for rank in ranks:
+            assert all(map(same, answers[rank]["outputs"], first))
+        parts.append(first)
+    whole: list[Tensor | None] = []
+    for found in zip(*parts, strict=True):
+        if found[0] is None or found[0].ndim == 0:
+            assert all(same(x, found[0]) for x in found)
+            whole.append(found[0])
+        else:
+            whole.append(split.joined(list(found)))
+    return whole
+
+
+def same(x: Tensor | None, y: Tensor | None) -> bool:
+    """Alike to the last bit."""
+    if x is None or y is None:
+        return x is y
+    return torch.equal(x, y) or torch.equal(x.nan_to_num(1e30), y.nan_to_num(1e30))
+
+
+def of_rows(
+    split: Split, answers: list[dict[str, Any]], name: str, extra: int = 0
+) -> Tensor | None:
+    """The whole gradient of something that every rank has its rows of."""
+    found = [answer["gradients"].get(name) for answer in answers[:: split.layout[0]]]
+    return None if found[0] is None else split.joined(found, extra)
+
+
+def dense_outcome(
+    split: Split, case: Case, sent: list[dict[str, Any]], answers: list[dict[str, Any]]
+) -> Outcome:
+    """The whole loss and gradients, from those of the ranks."""
+    (loss, *_) = outputs(split, answers)
+    logits = []
+    for shard in range(split.layout[1]):
+        parts = []
+        for rank in range(shard * split.layout[0], (shard + 1) * split.layout[0]):
             _, size, stride, offset = sent[rank]["arrays"]["logits"]
             found = answers[rank]["gradients"]["logits"]
             parts.append(found.as_strided(size, stride, offset))
         whole = torch.cat(parts, -1)
         assert not whole[..., case.logits.shape[-1] :].any()  # padding
         logits.append(whole[..., : case.logits.shape[-1]])
-        for name in ("values", "next_values"):
-            if case.options.get(name) is not None:
-                heads.setdefault(name, []).append(answers[ranks[0]]["gradients"][name])
-    joined = {name: split.joined(parts) for name, parts in heads.items()}
-    if losses[0].ndim:
-        loss = split.joined(losses)
-    else:
-        assert all(torch.equal(x.nan_to_num(1e30), losses[0].nan_to_num(1e30)) for x in losses)
-        loss = losses[0]
-    return Outcome(
-        loss, split.joined(logits, 1), joined.get("values"), joined.get("next_values")
-    )
+    heads = (of_rows(split, answers, name) for name in ("values", "next_values"))
+    return Outcome(loss, split.joined(logits, 1), *heads)
 
 
 def run(ranks: Ranks, split: Split) -> Any:
@@ -183,6 +236,6 @@ def run(ranks: Ranks, split: Split) -> Any:
         if not isinstance(upstream, Tensor):
             upstream = torch.tensor(float(upstream))
         sent = jobs(case.name, case, split, [upstream])
-        return outcome(split, case, sent, ranks.run(sent))
+        return dense_outcome(split, case, sent, ranks.run(sent))
 
     return compute
