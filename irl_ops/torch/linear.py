@@ -21,6 +21,7 @@ from irl_ops.torch.options import (
     LinearOnlineOptions,
     LinearStatsOptions,
 )
+from irl_ops.torch.parallel import is_parallel
 from irl_ops.torch.tokens import TokenStats
 
 
@@ -253,11 +254,11 @@ def linear_token_stats(
         torch.Size([2, 8])
     """
     given: dict[str, Any] = dict(options)
-    sharded = sharded_linear.stats_of_shards(
-        "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
-    )
-    if sharded is not None:
-        return TokenStats(*sharded)  # type: ignore[arg-type]
+    if is_parallel(hidden, given):
+        fields = sharded_linear.stats_of_shards(
+            "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
+        )
+        return TokenStats(*fields)  # type: ignore[arg-type]
     layer = arguments.layer(hidden, weight, given)
     call = read_stats(
         "linear_token_stats", LinearStatsOptions, arguments, _Logits(layer), labels, given
@@ -277,11 +278,10 @@ def _loss(
     return_metrics: bool,
     is_expert: Tensor | None = None,
 ) -> Loss:
-    sharded = sharded_linear.loss_of_shards(
-        caller, group, terms_of, hidden, weight, labels, options, return_metrics, is_expert
-    )
-    if sharded is not None:
-        return sharded
+    if is_parallel(hidden, options):
+        return sharded_linear.loss_of_shards(
+            caller, group, terms_of, hidden, weight, labels, options, return_metrics, is_expert
+        )
     layer = arguments.layer(hidden, weight, options)
     drop = arguments.drop_rows(layer.hidden, options)
     call = read_loss(

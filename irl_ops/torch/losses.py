@@ -12,6 +12,7 @@ from irl_ops.options import signature
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.forward import Loss, loss_of
 from irl_ops.torch.options import IQLearnOptions, MLEOptions, OnlineOptions
+from irl_ops.torch.parallel import is_parallel
 from irl_ops.torch.sharded_dense import loss_of_shards
 
 
@@ -296,11 +297,10 @@ def _loss(
     return_metrics: bool,
     is_expert: Tensor | None = None,
 ) -> Loss:
-    sharded = loss_of_shards(
-        caller, group, terms_of, logits, labels, options, return_metrics, is_expert
-    )
-    if sharded is not None:
-        return sharded
+    if is_parallel(logits, options):
+        return loss_of_shards(
+            caller, group, terms_of, logits, labels, options, return_metrics, is_expert
+        )
     call = read_loss(
         caller, group, arguments, terms_of, logits, labels, options, return_metrics, is_expert
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +13,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from irl_ops.call import Parallel
+from irl_ops.options import Function
 from irl_ops.torch.arguments import TorchArguments
 from irl_ops.torch.collectives import Group
+
+outside_of_graphs: Callable[[Function], Function] = functools.partial(
+    torch.compiler.disable, reason="irl_ops: the ranks of a group meet outside of compiled graphs"
+)
+"""For the functions of parallel calls: a compiler ends its graph there, and begins another."""
 
 ANY_LABEL = 2**31 - 1  # the number of columns while it is not known
 
@@ -89,6 +98,17 @@ class Whole:
     def __init__(self, here: Tensor, columns: int) -> None:
         self.shape = (*here.shape[:-1], columns)
         self.ndim, self.dtype, self.device = len(self.shape), here.dtype, here.device
+
+
+def is_parallel(logits: Any, options: dict[str, Any]) -> bool:
+    """Whether a call says that other processes have parts of its logits."""
+    return is_dtensor(logits) or any(options.get(name) is not None for name in Parallel._fields)
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether ``x`` is a DTensor; who has one has imported its module, which takes time."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def shards_of(given: Parallel, columns: int, labels: Tensor) -> Shards:

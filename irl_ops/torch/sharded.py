@@ -7,7 +7,6 @@ one device would.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from irl_ops import algebra
 from irl_ops.algebra import BAD_LABEL, Heads, Rows, RowStatistics, Sequence, Terms, Weighting
 from irl_ops.call import Call, StatsCall
-from irl_ops.options import DEFAULTS, Function, names_in
+from irl_ops.options import DEFAULTS, names_in
 from irl_ops.torch import collectives, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.needed import needed
@@ -36,11 +35,6 @@ APART = (  # what ranks may have different, or have compared elsewhere
 
 Read = Callable[[Tensor, Reading, Tensor | None], tuple[RowStatistics, int | Tensor]]
 """``read(labels, how, wanted)``: statistics of the rows here, and the columns of the vocabulary."""
-
-
-outside_of_graphs: Callable[[Function], Function] = functools.partial(
-    torch.compiler.disable, reason="irl_ops: the ranks of a group meet outside of compiled graphs"
-)
 
 
 class Part(NamedTuple):
@@ -86,7 +80,6 @@ def _form(name: str, x: Any) -> Any:
     return x
 
 
-@outside_of_graphs
 def loss(call: Call, part: Part, read: Read, reading: Reading, drop: bool = False) -> Loss:
     """Any loss of the whole batch, or of the rows here for reduction "none"; differentiable."""
     per_row = call.weighting.reduction == "none"
@@ -103,7 +96,6 @@ def loss(call: Call, part: Part, read: Read, reading: Reading, drop: bool = Fals
         return total, algebra.metrics(xp, rows.kind, weights, stats, step)
 
 
-@outside_of_graphs
 def token_stats(
     call: StatsCall, part: Part, read: Read, reading: Reading
 ) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irl_ops.algebra import RowStatistics
 from irl_ops.call import read_loss, read_parallel, read_stats
-from irl_ops.torch import sharded
+from irl_ops.torch import dtensor, sharded
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, contiguous_rows, poison
@@ -17,6 +17,8 @@ from irl_ops.torch.parallel import (
     ParallelArguments,
     Shards,
     Whole,
+    is_dtensor,
+    outside_of_graphs,
     shards_of,
     whole_columns,
     whole_rows,
@@ -36,6 +38,7 @@ class Given(NamedTuple):
     options: dict[str, Any]  # all of them, to compare with those of other ranks
 
 
+@outside_of_graphs
 def loss_of_shards(
     caller: str,
     group: type,
@@ -45,14 +48,12 @@ def loss_of_shards(
     options: dict[str, Any],
     return_metrics: bool,
     is_expert: Any = None,
-) -> Loss | None:
-    """A loss of the whole batch; None where nothing says that the call is parallel.
+) -> Loss:
+    """A loss of the whole batch, for calls that are parallel.
 
     Arguments as for ``irl_ops.call.read_loss``.
     """
     given = _read(logits, labels, options, is_expert)
-    if given is None:
-        return None
     logits, labels = given.logits, given.labels
     call = read_loss(
         caller, group, given.arguments, terms_of, given.whole, labels, options, return_metrics,
@@ -71,13 +72,12 @@ def loss_of_shards(
     return found
 
 
+@outside_of_graphs
 def stats_of_shards(
     caller: str, group: type, logits: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Tensor | None, ...] | None:
-    """The fields of ``TokenStats`` for the rows that are here; None as above."""
+) -> tuple[Tensor | None, ...]:
+    """The fields of ``TokenStats`` for the rows that are here."""
     given = _read(logits, labels, options)
-    if given is None:
-        return None
     logits, labels = given.logits, given.labels
     call = read_stats(caller, group, given.arguments, given.whole, labels, options)
     backend = choose(call.backend, logits)
@@ -89,14 +89,18 @@ def stats_of_shards(
     return fields
 
 
-def _read(logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = None) -> Given | None:
+def _read(logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = None) -> Given:
     everything = dict(options)
     parallel = read_parallel(options)
-    if all(x is None for x in parallel):
-        return None
     local = ParallelArguments(0)
-    local.check_local(logits, labels)
-    shards = shards_of(parallel, logits.shape[-1], labels)
+    if is_dtensor(logits):
+        part = dtensor.local_part(logits, labels, is_expert, options, parallel)
+        logits, labels, is_expert, shards = part.logits, part.labels, part.is_expert, part.shards
+        options.update(part.options)
+        local.check_local(logits, labels)
+    else:
+        local.check_local(logits, labels)
+        shards = shards_of(parallel, logits.shape[-1], labels)
     local.rows = whole_rows(shards, labels)
     columns = whole_columns(shards, logits.shape[-1])
     if not columns:

@@ -24,6 +24,8 @@ from irl_ops.torch.parallel import (
     ParallelArguments,
     Shards,
     Whole,
+    is_dtensor,
+    outside_of_graphs,
     shards_of,
     whole_columns,
     whole_rows,
@@ -33,6 +35,7 @@ from irl_ops.torch.shards import Reading, labels_of
 from irl_ops.torch.shards import whole_rows as merged
 
 
+@outside_of_graphs
 def loss_of_shards(
     caller: str,
     group: type,
@@ -43,13 +46,10 @@ def loss_of_shards(
     options: dict[str, Any],
     return_metrics: bool,
     is_expert: Any = None,
-) -> Loss | None:
+) -> Loss:
     """As ``irl_ops.torch.sharded_dense.loss_of_shards``."""
     everything = dict(options)
-    found = _read(hidden, weight, labels, options)
-    if found is None:
-        return None
-    layer, shards, local, whole = found
+    layer, shards, local, whole = _read(hidden, weight, labels, options)
     drop = arguments.drop_rows(layer.hidden, options)
     if everything.get("drop_rows") is None and shards.cuts:
         drop = False  # who needs a row is known after one more collective
@@ -65,15 +65,13 @@ def loss_of_shards(
     return loss
 
 
+@outside_of_graphs
 def stats_of_shards(
     caller: str, group: type, hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Tensor | None, ...] | None:
+) -> tuple[Tensor | None, ...]:
     """As ``irl_ops.torch.sharded_dense.stats_of_shards``."""
     everything = dict(options)
-    found = _read(hidden, weight, labels, options)
-    if found is None:
-        return None
-    layer, shards, local, whole = found
+    layer, shards, local, whole = _read(hidden, weight, labels, options)
     call = read_stats(caller, group, local, whole, labels, options)
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     backend = choose(call.backend, layer.hidden)
@@ -85,10 +83,14 @@ def stats_of_shards(
 
 def _read(
     hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Layer, Shards, ParallelArguments, Whole] | None:
+) -> tuple[Layer, Shards, ParallelArguments, Whole]:
     parallel = read_parallel(options)
-    if all(x is None for x in parallel):
-        return None
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} is a DTensor; accepted: {name}.to_local(), with vocab_group and "
+                "sequence_group for what other processes hold"
+            )
     layer = arguments.layer(hidden, weight, options, least=0 if parallel.vocab_group else 1)
     local, here = ParallelArguments(0), layer.weight.shape[0]
     local.check_logits(Whole(layer.hidden, here), labels)

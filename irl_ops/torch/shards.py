@@ -136,20 +136,15 @@ def _spans(words: Tensor, how: Reading) -> tuple[int | Tensor, Tensor | None]:
         return last, fits if size is None else fits & (last == size)
     refuse_other_options(words[:, 0], "vocab_group", how.caller)
     spans = sorted((start, end) for _, start, end in words.tolist() if end > start)
-    reached = 0
-    for start, end in spans:
-        if start != reached:
-            break
-        reached = end
-    fits_here = bool(spans) and reached == max(end for _, end in spans)
-    if not fits_here or (size is not None and reached != size):
+    starts, ends = [start for start, _ in spans], [0, *(end for _, end in spans)]
+    if not spans or starts != ends[:-1] or (size is not None and ends[-1] != size):
         wanted = "all columns from 0 on" if size is None else f"the {size} columns of vocab_size"
         raise ValueError(
             f"{how.caller}: the ranks of vocab_group have the columns "
             f"{', '.join(f'{start} to {end - 1}' for start, end in spans) or 'none'}; accepted: "
             f"{wanted}, each once (vocab_start says where a shard begins)"
         )
-    return reached, None
+    return ends[-1], None
 
 
 def refuse_other_options(words: Tensor, name: str, caller: str) -> None:

@@ -13,6 +13,7 @@ from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import contiguous_rows, is_plain
 from irl_ops.torch.options import StatsOptions
+from irl_ops.torch.parallel import is_parallel
 from irl_ops.torch.sharded_dense import stats_of_shards
 
 
@@ -83,9 +84,10 @@ def token_stats(
         torch.Size([2, 8])
     """
     given = dict(options)
-    sharded = stats_of_shards("token_stats", StatsOptions, logits, labels, given)
-    if sharded is not None:
-        return TokenStats(*sharded)  # type: ignore[arg-type]
+    if is_parallel(logits, given):
+        return TokenStats(
+            *stats_of_shards("token_stats", StatsOptions, logits, labels, given)  # type: ignore[arg-type]
+        )
     call = read_stats("token_stats", StatsOptions, arguments, logits, labels, given)
     backend = choose(call.backend, logits)
     logits = contiguous_rows(logits)

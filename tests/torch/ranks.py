@@ -104,6 +104,8 @@ def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) 
 
     if job["call"] == "exit":
         os._exit(1)
+    if job["call"] == "dtensor":
+        return dtensor(job, rank)
     options = dict(job["options"])
     v, s = job["layout"]
     mine = place(rank, (v, s))
@@ -115,12 +117,16 @@ def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) 
     arrays: list[Tensor] = []
     for name, (data, size, stride, offset) in job["arrays"].items():
         leaves[name] = data.requires_grad_(data.dtype.is_floating_point)
-        arrays.append(leaves[name].as_strided(size, stride, offset))
+        x = leaves[name].as_strided(size, stride, offset)
+        arrays.append(x.clone(memory_format=torch.preserve_format) if job.get("computed") else x)
     for name in ("values", "next_values", "bias"):
         if options.get(name) is not None:
             leaves[name] = options[name].requires_grad_()
+    function = getattr(irl, job["call"])
+    if "compile" in job:
+        function = torch.compile(function, backend="eager", **job["compile"])
     with Counted() as sent:
-        found = getattr(irl, job["call"])(*arrays, job["labels"], *job["more"], **options)
+        found = function(*arrays, job["labels"], *job["more"], **options)
         forward = list(sent.messages)
         metrics = None
         if isinstance(found, tuple) and not hasattr(found, "_fields"):
@@ -136,9 +142,39 @@ def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) 
     return {
         "outputs": [None if x is None else x.detach() for x in outputs],
         "metrics": metrics,
+        "spoilt": bool(arrays[0].isnan().all()),
         "gradients": {name: x.grad for name, x in leaves.items()},
         "forward": forward,
         "backward": sent.messages[len(forward) :],
+    }
+
+
+def dtensor(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A loss of distributed logits, its gradient put together again, and what that was."""
+    from torch.distributed.tensor import (
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
+
+    import irl_ops.torch as irl
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    placements = [Replicate() if dim is None else Shard(dim) for dim in job["placements"]]
+    logits = distribute_tensor(job["logits"], mesh, placements).requires_grad_()
+    labels = job["labels"]
+    if job["distributed"]:
+        rows = [
+            p if isinstance(p, Shard) and p.dim < labels.ndim else Replicate() for p in placements
+        ]
+        labels = distribute_tensor(labels, mesh, rows)
+    loss = irl.iqlearn_loss(logits, labels, **job["options"])
+    loss.sum().backward()
+    return {
+        "outputs": [loss.detach()],
+        "gradient": logits.grad.full_tensor(),
+        "kept": logits.grad.placements == logits.placements,
     }
 
 

@@ -117,7 +117,8 @@ def linear_jobs(
         hidden = split.rows(layer["hidden"], shard, 1)
         weight = columns(layer["weight"], split, column, 0)
         job["arrays"] = {
-            name: (x, x.shape, x.stride(), 0) for name, x in (("hidden", hidden), ("weight", weight))
+            name: (x, x.shape, x.stride(), 0)
+            for name, x in (("hidden", hidden), ("weight", weight))
         }
         if "bias" in layer:
             job["options"]["bias"] = columns(layer["bias"], split, column, 0)

@@ -1,11 +1,9 @@
 """Losses of logits cut among processes, against float64 losses and gradients of the whole."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,13 +20,6 @@ from ..cases import (
 )
 from .ranks import Ranks
 from .split import dense_outcome, jobs, linear_jobs, of_rows, outputs, run, splits
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks(4)
-    yield processes
-    processes.kill()
 
 
 @given(data=st.data())
