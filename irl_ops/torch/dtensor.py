@@ -53,7 +53,8 @@ def local_part(
 def _shards(logits: Any, size: int | None) -> Shards:
     tensor: Any = sys.modules[_MODULE]
     mesh, last = logits.device_mesh, logits.ndim - 1
-    columns, cuts = None, []
+    columns: Columns | None = None
+    cuts: list[Cut] = []
     for dim, placement in enumerate(logits.placements):
         if isinstance(placement, tensor.Replicate):
             continue

@@ -19,7 +19,7 @@ from torch import Tensor
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2))
 """Shards of the vocabulary, shards of the sequence; rank = column * shards of rows + ... below."""
-WAIT = 60  # seconds for an answer; the groups' own timeout is shorter
+WAIT = 200  # seconds for an answer; the groups' own timeout is shorter
 
 
 def place(rank: int, layout: tuple[int, int]) -> tuple[int, int]:
@@ -78,8 +78,10 @@ def main(address: int, count: int, rank: int) -> None:
 
     import torch.distributed as dist
 
+    import irl_ops.torch  # noqa: F401  # before the others wait for it
+
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=20)
+    wait = datetime.timedelta(seconds=100)
     dist.init_process_group("gloo", rank=rank, world_size=count, timeout=wait)
     groups: dict[tuple[int, ...], Any] = {}
     for size in range(1, count + 1):
@@ -124,6 +126,7 @@ def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) 
             leaves[name] = options[name].requires_grad_()
     function = getattr(irl, job["call"])
     if "compile" in job:
+        torch._dynamo.reset()
         function = torch.compile(function, backend="eager", **job["compile"])
     with Counted() as sent:
         found = function(*arrays, job["labels"], *job["more"], **options)
