@@ -127,13 +127,7 @@ def _spans(words: Tensor, how: Reading) -> tuple[int | Tensor, Tensor | None]:
     assert how.columns is not None
     size = how.columns.size
     if words.device.type != "cpu":
-        word, start, end = words.unbind(-1)
-        last = torch.where(end > start, end, 0).amax()
-        by_start = torch.where(end > start, start, last).argsort()
-        some = end > start  # shards without columns go behind the others
-        start, end = (torch.where(some, x, last)[by_start] for x in (start, end))
-        fits = (start[0] == 0) & (start[1:] == end[:-1]).all() & (word == word[0]).all()
-        return last, fits if size is None else fits & (last == size)
+        return fits(words, size)
     refuse_other_options(words[:, 0], "vocab_group", how.caller)
     spans = sorted((start, end) for _, start, end in words.tolist() if end > start)
     starts, ends = [start for start, _ in spans], [0, *(end for _, end in spans)]
@@ -145,6 +139,21 @@ def _spans(words: Tensor, how: Reading) -> tuple[int | Tensor, Tensor | None]:
             f"{wanted}, each once (vocab_start says where a shard begins)"
         )
     return ends[-1], None
+
+
+def fits(words: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+    """How many columns the shards have together, and whether they fit and were called alike.
+
+    ``words`` ``[r, 3]``: of each rank a word for its options, its first column and the one behind
+    its last. No host looks at them.
+    """
+    word, start, end = words.unbind(-1)
+    some = end > start  # shards without columns go behind the others
+    last = torch.where(some, end, 0).amax()
+    by_start = torch.where(some, start, last).argsort()
+    start, end = (torch.where(some, x, last)[by_start] for x in (start, end))
+    right = (start[0] == 0) & (start[1:] == end[:-1]).all() & (word == word[0]).all()
+    return last, right if size is None else right & (last == size)
 
 
 def refuse_other_options(words: Tensor, name: str, caller: str) -> None:

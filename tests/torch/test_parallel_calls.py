@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import irl_ops.torch as irl
+from irl_ops.torch.shards import fits
 
 from .. import naive
 from ..cases import EPS, Case
@@ -284,3 +285,25 @@ def test_a_rank_that_dies_ends_in_an_error() -> None:
         assert "RuntimeError" in answer["error"] or "Error" in answer["error"]
     finally:
         few.kill()
+
+
+@pytest.mark.parametrize(
+    ("spans", "size", "expected"),
+    [
+        ([(0, 4), (4, 9)], None, (9, True)),
+        ([(4, 9), (0, 4)], 9, (9, True)),
+        ([(0, 4), (7, 7), (4, 9), (0, 0)], 9, (9, True)),
+        ([(0, 4), (4, 9)], 8, (9, False)),
+        ([(0, 4), (5, 9)], None, (9, False)),
+        ([(0, 4), (3, 9)], None, (9, False)),
+        ([(0, 4), (0, 4)], None, (4, False)),
+        ([(2, 4), (4, 9)], None, (9, False)),
+    ],
+)
+def test_whether_columns_fit_is_seen_on_a_device(
+    spans: list[tuple[int, int]], size: int | None, expected: tuple[int, bool]
+) -> None:
+    """What decides where no host may wait: the loss is NaN where this is False."""
+    count, right = fits(torch.tensor([(5, *span) for span in spans]), size)
+    assert (count.item(), right.item()) == expected
+    assert not fits(torch.tensor([(i, *span) for i, span in enumerate(spans)]), size)[1]
