@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +30,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import irl_ops.torch as irl
 
@@ -39,24 +39,39 @@ TORCH, MEGATRON = "torch loss_parallel", "Megatron's formula"
 WARM_UP = 2
 
 
-class Traffic(TorchDispatchMode):
+class Traffic:
     """Messages and bytes that this rank hands to collectives, whoever calls them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages, self.bytes = 0, 0
+    NAMES = (  # and which argument is what is sent
+        (dist, "all_reduce", 0),
+        (dist, "all_gather_single", 1),
+        (dist, "all_gather_into_tensor", 1),
+        (functional, "all_reduce", 0),
+    )
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = function.__name__
-        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in name:
-            # c10d's gathers name their output first
-            given = args[1] if "gather" in name and function.namespace == "c10d" else args[0]
-            tensors = [given] if isinstance(given, Tensor) else list(given)
+    def __init__(self) -> None:
+        self.messages, self.bytes = 0, 0
+        self.kept: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> Traffic:
+        for module, name, sent in self.NAMES:
+            if hasattr(module, name):
+                function = getattr(module, name)
+                self.kept.append((module, name, function))
+                setattr(module, name, self.counted(function, sent))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kept in self.kept:
+            setattr(*kept)
+
+    def counted(self, function: Callable[..., Any], sent: int) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
             self.messages += 1
-            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
-        return function(*args, **(kwargs or {}))
+            self.bytes += args[sent].numel() * args[sent].element_size()
+            return function(*args, **kwargs)
+
+        return run
 
 
 class Megatron(torch.autograd.Function):
