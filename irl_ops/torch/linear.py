@@ -101,6 +101,9 @@ def linear_iqlearn_loss(
             padding) are left out of the products, with or without gradients. Their number has to be
             known for that: on a GPU the host waits for it once a pass. None does so on a CPU alone;
             False makes no shape depend on the labels. The result is the same.
+        vocab_group: the processes that hold the other rows of weight, ``[V / r, D]`` each; hidden
+            is the same on all of them, and its gradient comes summed over them. With it or
+            ``sequence_group`` the logits are computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``. ``inplace`` changes nothing: the
             logits are nobody's.
 

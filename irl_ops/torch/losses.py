@@ -111,11 +111,23 @@ def iqlearn_loss(
         inplace: the gradient takes the logits' storage; they must not be used again, and read as
             NaN afterwards. (Views of the same storage, made before, see the gradient.) Compilers
             decide about storage themselves, and ignore this.
+        vocab_group: the processes that hold the other columns of these logits (``[..., T, V / r]``
+            each, 0 columns or more): a ProcessGroup, or a DeviceMesh of one dimension. Labels are
+            global. This and what follows: docs/parallel.md. DTensor logits, sharded on the last
+            axis or on those of rows, need none of it.
+        vocab_start: the first column here; by default all shards are equally wide.
+        vocab_size: the columns that count; those behind them are padding.
+        sequence_group: the processes that hold the other rows of these sequences. Arrays with a
+            number per row have the rows that are here, of which every process has as many.
+        sequence_order: integers ``[T]`` or ``[..., T]``, the index in the whole sequence of every
+            row that is here; by default shards are contiguous, in the order of the ranks.
         backend: a name of ``available_backends()``; "auto" is the fastest that serves the device.
 
     Returns:
         The loss, a 0-d float32 tensor (``[..., T]`` for reduction "none"), or
-        ``(loss, metrics)``. N = 0 gives 0, with gradients of 0.
+        ``(loss, metrics)``. N = 0 gives 0, with gradients of 0. Over groups they are those of the
+        whole batch, on every rank (for "none": of the rows here), and the gradient is that of the
+        logits that are here.
 
     Raises:
         TypeError: a wrong dtype or type, or an unknown option.
@@ -273,6 +285,11 @@ def online_iqlearn_loss(
         values: ``[..., T]``.
         return_metrics: also return the metrics, means over expert and agent rows together.
         inplace: the gradient takes the logits' storage.
+        vocab_group: the processes that hold the other columns.
+        vocab_start: the first column here.
+        vocab_size: the columns that count.
+        sequence_group: the processes that hold the other rows.
+        sequence_order: the index in the whole sequence of every row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Example:

@@ -70,6 +70,12 @@ def token_stats(
         next_values: ``[..., T]``.
         values: ``[..., T]``.
         entropy: whether the entropy is computed.
+        vocab_group: the processes that hold the other columns.
+        vocab_start: the first column here.
+        vocab_size: the columns that count.
+        sequence_group: the processes that hold the other rows. What is differentiated is the sum
+            over ranks of what each computes from the rows that it has.
+        sequence_order: the index in the whole sequence of every row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Returns:

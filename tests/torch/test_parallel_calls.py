@@ -183,6 +183,40 @@ def test_columns_that_do_not_fit(ranks: Ranks, starts: tuple[int, int]) -> None:
     assert f"{starts[1]} to {starts[1] + 11}; accepted: all columns from 0 on" in error
 
 
+def test_gathered_logits_count_once(ranks: Ranks) -> None:
+    """Counted twice, a row's V would be off by log 2; vocab_size makes the second padding."""
+    sent = jobs("iqlearn_loss", batch(), over(vocab=2), [torch.tensor(1.0)])
+    whole = batch().logits
+    for job in sent:
+        job["arrays"]["logits"] = (whole, whole.shape, whole.stride(), 0)
+        job["options"]["vocab_size"] = V
+    (loss,) = outputs(over(vocab=2), ranks.run(sent))
+    expected, _ = naive.loss("iqlearn_loss", whole.double(), batch().labels, **batch().options)
+    torch.testing.assert_close(loss.double(), expected, rtol=100 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("backend", [*irl.available_backends(), "float64"])
+def test_backends(ranks: Ranks, backend: str) -> None:
+    """Uneven shards and padding with each of them, against float64."""
+    options = {"entropy_coef": 0.1, "z_loss": 0.01, "boundary": "bootstrap"}
+    name = "reference" if backend == "float64" else backend
+    case = batch(**options, backend=name)
+    split = Split((2, 2), [(0, 7), (7, V + 3)], V, True, ORDER, True, True, "contiguous")
+    dtype, within = torch.float32, 1e-5  # sums of a few numbers of order 10, and their squares
+    if backend == "float64":
+        dtype, within = torch.float64, 1e-12
+    case.leaf = case.leaf.to(dtype)
+    sent = jobs(case.name, case, split, [torch.tensor(1.0)])
+    found = dense_outcome(split, case, sent, ranks.run(sent))
+    whole = case.logits.double().requires_grad_()
+    expected, _ = naive.loss(case.name, whole, case.labels, **batch(**options).options)
+    expected.backward()
+    assert found.loss.dtype == found.logits.dtype == dtype
+    close = {"rtol": within, "atol": within}
+    torch.testing.assert_close(found.loss.double(), expected.detach(), **close)
+    torch.testing.assert_close(found.logits.double(), whole.grad, **close)
+
+
 def test_an_order_that_is_none(ranks: Ranks) -> None:
     sent = jobs("iqlearn_loss", batch(), over(sequence=2, order=ORDER), [torch.tensor(1.0)])
     sent[0]["options"]["sequence_order"] = torch.tensor([0, 1, 6, 6])
