@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = Any  # torch.distributed.ProcessGroup
-WORDS = 48  # of 8 bytes, that are compared once per configuration
+WORDS = 64  # of 8 bytes, that are compared once per configuration
 
 _agreed: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 

@@ -48,20 +48,38 @@ class Part(NamedTuple):
 
 
 def part_of(
-    caller: str, group: Any, shards: Shards, labels: Tensor, options: dict[str, Any], columns: int
+    caller: str,
+    group: Any,
+    shards: Shards,
+    here: Tensor,
+    columns: int,
+    labels: Tensor,
+    options: dict[str, Any],
+    is_expert: Tensor | None = None,
 ) -> Part:
     """Compares the call with those of the other ranks; ``options`` are still all there.
+
+    ``here`` are the logits or hidden states, ``columns`` those of the vocabulary that are here.
 
     Raises:
         ValueError: the ranks differ in an option, or in the shape of their rows.
     """
     names = names_in(group)
     given = {name: options.get(name, x) for name, x in DEFAULTS.items() if name in names}
-    facts: dict[str, Any] = {"the function": caller, "labels": _shape(shards, labels)}
-    facts |= {name: _form(name, x) for name, x in given.items() if name not in APART}
-    numbers = [x for name, x in given.items() if name in NUMBERS and not isinstance(x, Tensor)]
+    facts: dict[str, Any] = {
+        "the function": caller,
+        "labels": _shape(shards, labels),
+        "is_expert": _form(is_expert),
+        "dtype": str(here.dtype),
+    }
+    for name, x in given.items():
+        if name in NUMBERS:
+            facts[name] = _form(x, lambda number: number != 0)
+        elif name not in APART:
+            facts[name] = _form(x)
     for name, ranks in shards.groups:
         collectives.agree(ranks, name, caller, facts, labels.device)
+    numbers = [_form(x, float) for name, x in given.items() if name in NUMBERS]
     whole = columns if shards.columns is None else None
     return Part(caller, shards, labels, collectives.word((facts, numbers)), whole)
 
@@ -71,13 +89,13 @@ def _shape(shards: Shards, labels: Tensor) -> tuple[int, ...]:
     return (whole_rows(shards, labels),) if ragged else tuple(labels.shape)
 
 
-def _form(name: str, x: Any) -> Any:
-    """What decides about the messages' sizes, and about the algebra, but for a number's value."""
+def _form(x: Any, of_number: Callable[[Any], Any] | None = None) -> Any:
+    """What ranks have to have alike: of a tensor its form, whose values no host looks at."""
     if isinstance(x, Tensor):
         return ("tensor", str(x.dtype), x.ndim)
-    if name in NUMBERS and isinstance(x, int | float):
-        return "zero" if x == 0 else "number"
-    return x
+    if isinstance(x, tuple | list):
+        return tuple(_form(item, of_number) for item in x)
+    return of_number(x) if of_number is not None and isinstance(x, int | float) else x
 
 
 def loss(call: Call, part: Part, read: Read, reading: Reading, drop: bool = False) -> Loss:

@@ -63,7 +63,10 @@ def loss_of_shards(
     inplace = call.inplace and torch.is_grad_enabled() and logits.requires_grad
     if inplace:
         arguments.check_inplace(logits)
-    part = sharded.part_of(caller, group, given.shards, labels, given.options, logits.shape[-1])
+    part = sharded.part_of(
+        caller, group, given.shards, logits, logits.shape[-1], labels, given.options,
+        given.is_expert,
+    )  # fmt: skip
     entropy = call.terms.entropy_coef is not None
     how = Reading(caller, given.shards.columns, part.word, entropy, backend, call.readout, inplace)
     found: Loss = sharded.loss(call, part, _reader(contiguous_rows(logits)), how)
@@ -81,7 +84,9 @@ def stats_of_shards(
     logits, labels = given.logits, given.labels
     call = read_stats(caller, group, given.arguments, given.whole, labels, options)
     backend = choose(call.backend, logits)
-    part = sharded.part_of(caller, group, given.shards, labels, given.options, logits.shape[-1])
+    part = sharded.part_of(
+        caller, group, given.shards, logits, logits.shape[-1], labels, given.options
+    )
     how = Reading(caller, given.shards.columns, part.word, call.entropy, backend, call.readout)
     fields: tuple[Tensor | None, ...] = sharded.token_stats(
         call, part, _reader(contiguous_rows(logits)), how

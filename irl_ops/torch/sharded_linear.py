@@ -58,7 +58,9 @@ def loss_of_shards(
     )
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     backend = choose(call.backend, layer.hidden)
-    part = sharded.part_of(caller, group, shards, labels, everything, layer.weight.shape[0])
+    part = sharded.part_of(
+        caller, group, shards, layer.hidden, layer.weight.shape[0], labels, everything, is_expert
+    )
     entropy = call.terms.entropy_coef is not None
     how = Reading(caller, shards.columns, part.word, entropy, backend, call.readout)
     loss: Loss = sharded.loss(call, part, _reader(layer), how, drop)
@@ -75,7 +77,9 @@ def stats_of_shards(
     call = read_stats(caller, group, local, whole, labels, options)
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     backend = choose(call.backend, layer.hidden)
-    part = sharded.part_of(caller, group, shards, labels, everything, layer.weight.shape[0])
+    part = sharded.part_of(
+        caller, group, shards, layer.hidden, layer.weight.shape[0], labels, everything
+    )
     how = Reading(caller, shards.columns, part.word, call.entropy, backend, call.readout)
     fields: tuple[Tensor | None, ...] = sharded.token_stats(call, part, _reader(layer), how)
     return fields

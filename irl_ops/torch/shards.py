@@ -13,7 +13,15 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from irl_ops.algebra import BAD_LABEL, NO_LABEL, RowStatistics, labels_here, merge, no_columns
+from irl_ops.algebra import (
+    BAD_LABEL,
+    NO_LABEL,
+    RowStatistics,
+    label_gradient,
+    labels_here,
+    merge,
+    no_columns,
+)
 from irl_ops.readout import Readout
 from irl_ops.torch import collectives, ops, pool
 from irl_ops.torch.backends import BACKENDS
@@ -57,7 +65,7 @@ class Dense(torch.autograd.Function):
         entropy = h if h is not None else row_max.new_empty(0)
         # an alias, since the caller's own tensor is poisoned where the gradient takes its storage
         saved = kept if how.inplace else logits
-        ctx.save_for_backward(saved, mine, row_max, logsum, entropy)
+        ctx.save_for_backward(saved, mine, row_max, logsum, label_logit, entropy)
         ctx.how, ctx.handed_over = how, False
         ctx.mark_non_differentiable(row_max)
         return row_max, logsum, label_logit, entropy
@@ -66,11 +74,11 @@ class Dense(torch.autograd.Function):
     def backward(
         ctx: Any, _: Any, dlogsum: Tensor, dlabel: Tensor, dentropy: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """p_j (A + B log p_j) + C 1{j = label}, as that of ``irl_ops.torch.ops.row_stats``."""
+        """p_j (A + B log p_j) + C 1{j = label}, with the element at the label written exactly."""
         refuse_second_derivative()
         if ctx.handed_over:
             refuse_second_pass()
-        logits, labels, row_max, logsum, entropy = ctx.saved_tensors
+        logits, labels, row_max, logsum, label_logit, entropy = ctx.saved_tensors
         how: Reading = ctx.how
         a, b = ops.row_coefficients(entropy if how.entropy else None, dlogsum, dentropy)
         kept = logits.detach()
@@ -78,9 +86,12 @@ class Dense(torch.autograd.Function):
         here, into = columns_here(kept, how.columns), columns_here(dlogits, how.columns)
         dlogits[..., here.shape[-1] :] = 0.0  # padding
         if here.shape[-1]:
-            BACKENDS[how.backend].row_grad(
-                here, labels, row_max, logsum, a, b, dlabel, into, **how.readout.keywords
-            )
+            kernels, readout = BACKENDS[how.backend], how.readout.keywords
+            kernels.row_grad(here, labels, row_max, logsum, a, b, dlabel, into, **readout)
+            # in float32 p A + C loses what is left of it in a confident row, where A = -C
+            logprob = torch.where(labels != NO_LABEL, (label_logit - row_max) - logsum, 0.0)
+            element = label_gradient(xp, a, b if how.entropy else None, dlabel, logprob)
+            kernels.set_label_(into, labels, element, label_logit, **readout)
         if how.inplace:
             ctx.handed_over = True
             torch.autograd.graph.increment_version(kept)
