@@ -35,7 +35,7 @@ WANT   := $(subst $(comma), ,$(EXTRAS))
 ALL    := $(subst $() ,$(comma),$(sort $(HAVE) $(WANT)))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo demo-jax fuzz mutants bench aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
+.PHONY: help test demo demo-jax fuzz mutants bench bench-parallel aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -61,6 +61,9 @@ mutants: $(READY)  ## break the kernels and the algebra on purpose: does a test 
 
 bench: $(READY) ## time the losses of torch and of JAX beside a copy of the logits and other libraries
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-parallel: $(READY)  ## two processes: bytes sent and time of losses over a sharded vocabulary
+	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 aot-gpu: $(READY)  ## compile the GPU kernels for GPUs that are not here; registers, spills, widths
 	$(BIN)/python benchmarks/aot_gpu.py --save $(ARGS)

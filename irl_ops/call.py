@@ -26,6 +26,16 @@ class Call(NamedTuple):
     readout: Readout = PLAIN
 
 
+class Parallel(NamedTuple):
+    """Which part of a batch is on this device; a group is whatever a framework calls one."""
+
+    vocab_group: Any = None
+    vocab_start: int | None = None
+    vocab_size: int | None = None
+    sequence_group: Any = None
+    sequence_order: Any = None
+
+
 class StatsCall(NamedTuple):
     """One call of ``token_stats``."""
 
@@ -85,6 +95,12 @@ def read_loss(
     if inplace and weighting.reduction == "none":
         raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
     return Call(terms, sequence, weighting, heads, return_metrics, inplace, backend, readout)
+
+
+def read_parallel(options: dict[str, Any]) -> Parallel:
+    """The options of ``Parallel``, taken out of the others; they are read before the arrays are."""
+    parallel: Parallel = _take(options, Parallel)
+    return parallel
 
 
 def read_stats(

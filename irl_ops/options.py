@@ -92,6 +92,14 @@ class StatsOptions(SequenceOptions[Array], HeadOptions[Array], ReadoutOptions[Ar
     backend: str
 
 
+class ParallelOptions(TypedDict, Generic[Array], total=False):
+    """Which part of the logits is here; each framework names its own groups of devices beside."""
+
+    vocab_start: int | None
+    vocab_size: int | None
+    sequence_order: Array | None
+
+
 class LayerOptions(TypedDict, Generic[Array], total=False):
     """Of losses that compute the logits themselves: the layer, and how its chunks are added up."""
 
@@ -140,6 +148,11 @@ DEFAULTS: dict[str, Any] = {
     "entropy": True,
     "return_metrics": False,
     "inplace": False,
+    "vocab_group": None,
+    "vocab_start": None,
+    "vocab_size": None,
+    "sequence_group": None,
+    "sequence_order": None,
     "backend": "auto",
 }
 """The default of every option, in the order in which signatures show them."""

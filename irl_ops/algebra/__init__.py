@@ -59,6 +59,14 @@ from irl_ops.algebra.rows import (
     align,
     has_td,
 )
+from irl_ops.algebra.shards import (
+    RowStatistics,
+    in_order,
+    labels_here,
+    merge,
+    no_columns,
+    rows_at,
+)
 from irl_ops.algebra.total import metrics, row_losses, total
 from irl_ops.algebra.weights import Objective, weigh
 
@@ -78,6 +86,7 @@ __all__ = [
     "Heads",
     "Objective",
     "Outcome",
+    "RowStatistics",
     "Rows",
     "Sequence",
     "Statistics",
@@ -90,11 +99,16 @@ __all__ = [
     "following",
     "has_td",
     "head_gradients",
+    "in_order",
     "label_gradient",
+    "labels_here",
     "loss_and_grad",
+    "merge",
     "metrics",
+    "no_columns",
     "preceding",
     "row_losses",
+    "rows_at",
     "statistics",
     "total",
     "transition",

@@ -9,18 +9,19 @@ from torch import Tensor
 
 from irl_ops import terms
 from irl_ops.call import read_loss, read_stats
-from irl_ops.options import (
-    LinearIQLearnOptions,
-    LinearMLEOptions,
-    LinearOnlineOptions,
-    LinearStatsOptions,
-    signature,
-)
-from irl_ops.torch import linear_ops
+from irl_ops.options import signature
+from irl_ops.torch import linear_ops, sharded_linear
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import arguments
 from irl_ops.torch.linear_loss import LinearAtOnce
+from irl_ops.torch.options import (
+    LinearIQLearnOptions,
+    LinearMLEOptions,
+    LinearOnlineOptions,
+    LinearStatsOptions,
+)
+from irl_ops.torch.parallel import is_parallel
 from irl_ops.torch.tokens import TokenStats
 
 
@@ -100,6 +101,9 @@ def linear_iqlearn_loss(
             padding) are left out of the products, with or without gradients. Their number has to be
             known for that: on a GPU the host waits for it once a pass. None does so on a CPU alone;
             False makes no shape depend on the labels. The result is the same.
+        vocab_group: the processes that hold the other rows of weight, ``[V / r, D]`` each; hidden
+            is the same on all of them, and its gradient comes summed over them. With it or
+            ``sequence_group`` the logits are computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``. ``inplace`` changes nothing: the
             logits are nobody's.
 
@@ -253,6 +257,11 @@ def linear_token_stats(
         torch.Size([2, 8])
     """
     given: dict[str, Any] = dict(options)
+    if is_parallel(hidden, given):
+        fields = sharded_linear.stats_of_shards(
+            "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
+        )
+        return TokenStats(*fields)  # type: ignore[arg-type]
     layer = arguments.layer(hidden, weight, given)
     call = read_stats(
         "linear_token_stats", LinearStatsOptions, arguments, _Logits(layer), labels, given
@@ -272,6 +281,10 @@ def _loss(
     return_metrics: bool,
     is_expert: Tensor | None = None,
 ) -> Loss:
+    if is_parallel(hidden, options):
+        return sharded_linear.loss_of_shards(
+            caller, group, terms_of, hidden, weight, labels, options, return_metrics, is_expert
+        )
     layer = arguments.layer(hidden, weight, options)
     drop = arguments.drop_rows(layer.hidden, options)
     call = read_loss(

@@ -39,8 +39,8 @@ class LinearArguments(TorchArguments):
             )
         self.check_place("labels", labels, logits)
 
-    def layer(self, hidden: Any, weight: Any, options: dict[str, Any]) -> Layer:
-        """The layer; takes its options out of the others."""
+    def layer(self, hidden: Any, weight: Any, options: dict[str, Any], *, least: int = 1) -> Layer:
+        """The layer, with ``least`` columns; takes its options out of the others."""
         bias, chunk, accumulate = (options.pop(name, default) for name, default in LAYER.items())
         self._check_array("hidden", hidden, self.floats)
         self._check_array("weight", weight, self.floats)
@@ -58,7 +58,7 @@ class LinearArguments(TorchArguments):
             raise ValueError(
                 f"hidden has shape {list(hidden.shape)}; accepted: [..., T, D], D of 1 or more"
             )
-        if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < least:
             raise ValueError(
                 f"weight has shape {list(weight.shape)}; accepted: [V, {hidden.shape[-1]}], with "
                 "hidden's last axis"
@@ -133,7 +133,7 @@ def default_chunk(weight: Tensor) -> int:
     """
     if weight.device.type != "cpu":
         return 2048
-    return min(4096, max(256, 2**26 // (weight.shape[0] * weight.itemsize)))
+    return min(4096, max(256, 2**26 // max(1, weight.shape[0] * weight.itemsize)))
 
 
 arguments = LinearArguments()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
 from irl_ops import terms
 from irl_ops.call import read_loss
-from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, signature
+from irl_ops.options import signature
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.forward import Loss, loss_of
+from irl_ops.torch.options import IQLearnOptions, MLEOptions, OnlineOptions
+from irl_ops.torch.parallel import is_parallel
+from irl_ops.torch.sharded_dense import loss_of_shards
 
 
 @overload
@@ -108,11 +111,23 @@ def iqlearn_loss(
         inplace: the gradient takes the logits' storage; they must not be used again, and read as
             NaN afterwards. (Views of the same storage, made before, see the gradient.) Compilers
             decide about storage themselves, and ignore this.
+        vocab_group: the processes that hold the other columns of these logits (``[..., T, V / r]``
+            each, 0 columns or more): a ProcessGroup, or a DeviceMesh of one dimension. Labels are
+            global. This and what follows: docs/parallel.md. DTensor logits, sharded on the last
+            axis or on those of rows, need none of it.
+        vocab_start: the first column here; by default all shards are equally wide.
+        vocab_size: the columns that count; those behind them are padding.
+        sequence_group: the processes that hold the other rows of these sequences. Arrays with a
+            number per row have the rows that are here, of which every process has as many.
+        sequence_order: integers ``[T]`` or ``[..., T]``, the index in the whole sequence of every
+            row that is here; by default shards are contiguous, in the order of the ranks.
         backend: a name of ``available_backends()``; "auto" is the fastest that serves the device.
 
     Returns:
         The loss, a 0-d float32 tensor (``[..., T]`` for reduction "none"), or
-        ``(loss, metrics)``. N = 0 gives 0, with gradients of 0.
+        ``(loss, metrics)``. N = 0 gives 0, with gradients of 0. Over groups they are those of the
+        whole batch, on every rank (for "none": of the rows here), and the gradient is that of the
+        logits that are here.
 
     Raises:
         TypeError: a wrong dtype or type, or an unknown option.
@@ -129,17 +144,9 @@ def iqlearn_loss(
         >>> iqlearn_loss(logits, labels, lam=0.1).backward()
     """
     given = dict(options)
-    call = read_loss(
-        "iqlearn_loss",
-        IQLearnOptions,
-        arguments,
-        terms.iqlearn,
-        logits,
-        labels,
-        given,
-        return_metrics,
+    return _loss(
+        "iqlearn_loss", IQLearnOptions, terms.iqlearn, logits, labels, given, return_metrics
     )
-    return loss_of(call, logits, labels)
 
 
 @overload
@@ -196,10 +203,7 @@ def mle_loss(
         >>> mle_loss(logits, labels, entropy_coef=0.01).backward()
     """
     given = dict(options)
-    call = read_loss(
-        "mle_loss", MLEOptions, arguments, terms.mle, logits, labels, given, return_metrics
-    )
-    return loss_of(call, logits, labels)
+    return _loss("mle_loss", MLEOptions, terms.mle, logits, labels, given, return_metrics)
 
 
 @overload
@@ -281,6 +285,11 @@ def online_iqlearn_loss(
         values: ``[..., T]``.
         return_metrics: also return the metrics, means over expert and agent rows together.
         inplace: the gradient takes the logits' storage.
+        vocab_group: the processes that hold the other columns.
+        vocab_start: the first column here.
+        vocab_size: the columns that count.
+        sequence_group: the processes that hold the other rows.
+        sequence_order: the index in the whole sequence of every row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Example:
@@ -289,15 +298,27 @@ def online_iqlearn_loss(
         >>> online_iqlearn_loss(logits, labels, torch.tensor([True, False])).backward()
     """
     given = dict(options)
+    return _loss(
+        "online_iqlearn_loss", OnlineOptions, terms.online_iqlearn, logits, labels, given,
+        return_metrics, is_expert,
+    )  # fmt: skip
+
+
+def _loss(
+    caller: str,
+    group: type,
+    terms_of: Any,
+    logits: Tensor,
+    labels: Tensor,
+    options: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Tensor | None = None,
+) -> Loss:
+    if is_parallel(logits, options):
+        return loss_of_shards(
+            caller, group, terms_of, logits, labels, options, return_metrics, is_expert
+        )
     call = read_loss(
-        "online_iqlearn_loss",
-        OnlineOptions,
-        arguments,
-        terms.online_iqlearn,
-        logits,
-        labels,
-        given,
-        return_metrics,
-        is_expert,
+        caller, group, arguments, terms_of, logits, labels, options, return_metrics, is_expert
     )
     return loss_of(call, logits, labels)

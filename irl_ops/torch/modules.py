@@ -7,17 +7,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from irl_ops.options import (
-    DEFAULTS,
-    IQLearnOptions,
-    LinearIQLearnOptions,
-    names_in,
-    refuse,
-    signature,
-)
+from irl_ops.options import DEFAULTS, names_in, refuse, signature
 from irl_ops.torch.forward import Loss
 from irl_ops.torch.linear import linear_iqlearn_loss
 from irl_ops.torch.losses import iqlearn_loss
+from irl_ops.torch.options import IQLearnOptions, LinearIQLearnOptions
 
 
 class IQLearnLoss(torch.nn.Module):

@@ -7,11 +7,14 @@ from typing import NamedTuple, Unpack
 from torch import Tensor
 
 from irl_ops.call import read_stats
-from irl_ops.options import StatsOptions, signature
+from irl_ops.options import signature
 from irl_ops.torch import native_tokens, ops, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import contiguous_rows, is_plain
+from irl_ops.torch.options import StatsOptions
+from irl_ops.torch.parallel import is_parallel
+from irl_ops.torch.sharded_dense import stats_of_shards
 
 
 class TokenStats(NamedTuple):
@@ -67,6 +70,12 @@ def token_stats(
         next_values: ``[..., T]``.
         values: ``[..., T]``.
         entropy: whether the entropy is computed.
+        vocab_group: the processes that hold the other columns.
+        vocab_start: the first column here.
+        vocab_size: the columns that count.
+        sequence_group: the processes that hold the other rows. What is differentiated is the sum
+            over ranks of what each computes from the rows that it has.
+        sequence_order: the index in the whole sequence of every row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Returns:
@@ -81,6 +90,10 @@ def token_stats(
         torch.Size([2, 8])
     """
     given = dict(options)
+    if is_parallel(logits, given):
+        return TokenStats(
+            *stats_of_shards("token_stats", StatsOptions, logits, labels, given)  # type: ignore[arg-type]
+        )
     call = read_stats("token_stats", StatsOptions, arguments, logits, labels, given)
     backend = choose(call.backend, logits)
     logits = contiguous_rows(logits)

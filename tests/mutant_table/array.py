@@ -2,6 +2,8 @@
 
 from .mutant import ALGEBRA, CASES, CHUNKS, REFERENCE, TERMS, Mutant, algebra, on
 
+SHARDS = "tests/algebra/test_shards.py::"
+
 MUTANTS = [
     algebra(
         "segments are not looked at",
@@ -189,5 +191,33 @@ MUTANTS = [
         "(kind != IGNORED) | algebra.preceding(xp, kind == BOOTSTRAP, False)",
         "kind != IGNORED",
         "tests/torch/test_linear.py::test_rows_that_nobody_needs_meet_no_product[mean-True]",
+    ),
+    Mutant(
+        "shards: the label of the shard's end is here",
+        ALGEBRA,
+        "(labels < start + columns)",
+        "(labels <= start + columns)",
+        f"{SHARDS}test_gradients_of_shards_are_those_of_whole_rows",
+    ),
+    Mutant(
+        "shards: a small share of the mass is lost",
+        ALGEBRA,
+        "return top + xp.log1p(rest + (ties - 1.0))",
+        "return top + xp.log(rest + ties)",
+        f"{SHARDS}test_merged_statistics_are_those_of_whole_rows",
+    ),
+    Mutant(
+        "shards: the entropy between shards is left out",
+        ALGEBRA,
+        "xp.exp(share) * (shards.entropy - share)",
+        "xp.exp(share) * shards.entropy",
+        f"{SHARDS}test_merged_statistics_are_those_of_whole_rows",
+    ),
+    Mutant(
+        "shards: rows stay in the order of the ranks",
+        ALGEBRA,
+        "where_from = xp.argsort(order, axis=-1)",
+        "where_from = order",
+        f"{SHARDS}test_rows_in_the_order_of_the_sequence_and_back",
     ),
 ]

@@ -1,0 +1,201 @@
+"""Losses of hidden states and a part of the last layer's weight: columns of logits never stored.
+
+Statistics are computed chunk by chunk, and merged as those of stored logits are, in one collective.
+The backward pass computes the chunks again; each process has the whole gradient of its part of the
+weight, and its columns' part of that of hidden, which is summed over the group once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from irl_ops.algebra import RowStatistics, no_columns
+from irl_ops.call import read_loss, read_parallel, read_stats
+from irl_ops.torch import linear_ops, ops, sharded
+from irl_ops.torch.backends import choose
+from irl_ops.torch.forward import Loss
+from irl_ops.torch.linear_arguments import Layer, arguments
+from irl_ops.torch.parallel import (
+    ParallelArguments,
+    Shards,
+    Whole,
+    is_dtensor,
+    outside_of_graphs,
+    shards_of,
+    whole_columns,
+    whole_rows,
+)
+from irl_ops.torch.refusals import refuse_second_derivative
+from irl_ops.torch.shards import Reading, labels_of
+from irl_ops.torch.shards import whole_rows as merged
+
+
+@outside_of_graphs
+def loss_of_shards(
+    caller: str,
+    group: type,
+    terms_of: Any,
+    hidden: Any,
+    weight: Any,
+    labels: Any,
+    options: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Any = None,
+) -> Loss:
+    """As ``irl_ops.torch.sharded_dense.loss_of_shards``."""
+    everything = dict(options)
+    layer, shards, local, whole = _read(hidden, weight, labels, options)
+    drop = arguments.drop_rows(layer.hidden, options)
+    if everything.get("drop_rows") is None and shards.cuts:
+        drop = False  # who needs a row is known after one more collective
+    call = read_loss(
+        caller, group, local, terms_of, whole, labels, options, return_metrics, is_expert
+    )
+    layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
+    backend = choose(call.backend, layer.hidden)
+    part = sharded.part_of(
+        caller, group, shards, layer.hidden, layer.weight.shape[0], labels, everything, is_expert
+    )
+    entropy = call.terms.entropy_coef is not None
+    how = Reading(caller, shards.columns, part.word, entropy, backend, call.readout)
+    loss: Loss = sharded.loss(call, part, _reader(layer), how, drop)
+    return loss
+
+
+@outside_of_graphs
+def stats_of_shards(
+    caller: str, group: type, hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
+) -> tuple[Tensor | None, ...]:
+    """As ``irl_ops.torch.sharded_dense.stats_of_shards``."""
+    everything = dict(options)
+    layer, shards, local, whole = _read(hidden, weight, labels, options)
+    call = read_stats(caller, group, local, whole, labels, options)
+    layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
+    backend = choose(call.backend, layer.hidden)
+    part = sharded.part_of(
+        caller, group, shards, layer.hidden, layer.weight.shape[0], labels, everything
+    )
+    how = Reading(caller, shards.columns, part.word, call.entropy, backend, call.readout)
+    fields: tuple[Tensor | None, ...] = sharded.token_stats(call, part, _reader(layer), how)
+    return fields
+
+
+def _read(
+    hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
+) -> tuple[Layer, Shards, ParallelArguments, Whole]:
+    parallel = read_parallel(options)
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} is a DTensor; accepted: {name}.to_local(), with vocab_group and "
+                "sequence_group for what other processes hold"
+            )
+    layer = arguments.layer(hidden, weight, options, least=0 if parallel.vocab_group else 1)
+    local, here = ParallelArguments(0), layer.weight.shape[0]
+    local.check_logits(Whole(layer.hidden, here), labels)
+    shards = shards_of(parallel, here, labels)
+    local.rows = whole_rows(shards, labels)
+    return layer, shards, local, Whole(layer.hidden, whole_columns(shards, here))
+
+
+def _reader(layer: Layer) -> sharded.Read:
+    def read(
+        labels: Tensor, how: Reading, wanted: Tensor | None
+    ) -> tuple[RowStatistics, int | Tensor]:
+        box: list[Any] = []
+        found = LinearRows.apply(  # type: ignore[no-untyped-call]
+            layer.hidden.flatten(0, -2),
+            layer.weight,
+            layer.bias,
+            labels.flatten(),
+            None if wanted is None else wanted.flatten(),
+            layer,
+            how,
+            box,
+        )
+        row_max, logsum, label_logit = (x.view(labels.shape) for x in found[:3])
+        h = found[3].view(labels.shape) if how.entropy else None
+        return RowStatistics(row_max, logsum, label_logit, h), box[0]
+
+    return read
+
+
+class LinearRows(torch.autograd.Function):
+    """The statistics of whole rows, differentiable by hidden, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        wanted: Tensor | None,
+        layer: Layer,
+        how: Reading,
+        box: list[Any],
+    ) -> tuple[Tensor, ...]:
+        """As that of ``irl_ops.torch.shards.Dense``; 0 in rows that are not wanted."""
+        mine, width = labels_of(labels, how.columns), _width(weight, how)
+        accumulate = "float32" if isinstance(layer.accumulate, Tensor) else layer.accumulate
+        ctx.form = (layer.chunk, accumulate, layer.scale, layer.softcap, how.backend)
+        found = no_columns(xp, ops.row_vector(hidden), how.entropy)
+        if width:
+            row_max, logsum, label_logit, h = linear_ops.linear_row_stats(
+                hidden, weight[:width], None if bias is None else bias[:width], mine, wanted, None,
+                how.entropy, *ctx.form,
+            )  # fmt: skip
+            found = RowStatistics(row_max, logsum, label_logit, h if how.entropy else None)
+        whole, columns = merged(found, labels, how)
+        box.append(weight.shape[0] if columns is None else columns)
+        row_max, logsum, label_logit, h = whole
+        entropy = h if h is not None else row_max.new_empty(0)
+        ctx.save_for_backward(hidden, weight, bias, mine, wanted, row_max, logsum, entropy)
+        ctx.how = how
+        ctx.total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
+        ctx.mark_non_differentiable(row_max)
+        return row_max, logsum, label_logit, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, _: Any, dlogsum: Tensor, dlabel: Tensor, dentropy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The chunks once more; one collective, of hidden's gradient."""
+        refuse_second_derivative()
+        hidden, weight, bias, labels, wanted, row_max, logsum, entropy = ctx.saved_tensors
+        how: Reading = ctx.how
+        a, b = ops.row_coefficients(entropy if how.entropy else None, dlogsum, dentropy)
+        asked, width = list(ctx.needs_input_grad[:3]), _width(weight, how)
+        dhidden, dweight, dbias = (
+            None if x is None or not wish else torch.zeros_like(x)
+            for x, wish in zip((hidden, weight, bias), asked, strict=True)
+        )
+        if width:
+            given = (
+                hidden, weight[:width], None if bias is None else bias[:width], labels, wanted,
+                [row_max, logsum, a, b, dlabel], asked, *ctx.form,
+            )  # fmt: skip
+            if ctx.total is None:
+                found = linear_ops.linear_row_grad(*given)
+            else:
+                found = linear_ops.linear_row_grad_into(*given, ctx.total[:width])
+            dhidden = found[0] if asked[0] else None
+            if dweight is not None and ctx.total is None:
+                dweight[:width] = found[1]
+            if dbias is not None:
+                dbias[:width] = found[2]
+        if dhidden is not None and how.columns is not None:
+            dist.all_reduce(dhidden, group=how.columns.group)
+        if ctx.total is not None:
+            dweight = None
+        return dhidden, dweight, dbias, *[None] * 5
+
+
+def _width(weight: Tensor, how: Reading) -> int:
+    """The columns here that are no padding."""
+    return weight.shape[0] if how.columns is None else how.columns.width

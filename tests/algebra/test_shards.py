@@ -1,0 +1,114 @@
+"""Rows put together from their shards, against the whole rows; NumPy in float64 and float32."""
+
+import itertools
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irl_ops import algebra
+from irl_ops.algebra import BAD_LABEL, NO_LABEL, RowStatistics
+from irl_ops.kernels import reference as kernels
+
+V = 12
+
+
+@st.composite
+def rows(draw: Any) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Logits [n, V] with rows of all kinds, labels, and where the columns are cut."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = draw(st.sampled_from([1.0, 8.0, 60.0]))
+    q = draw(st.sampled_from([0.0, 1e4])) + scale * generator.standard_normal((7, V))
+    q[generator.random(q.shape) < draw(st.sampled_from([0.0, 0.3, 0.9]))] = -np.inf
+    q[1] = -np.inf  # a row without mass
+    labels = generator.integers(0, V, 7)
+    labels[2], labels[3] = NO_LABEL, BAD_LABEL
+    ends = sorted(draw(st.lists(st.integers(0, V), max_size=3)))
+    return q, labels, [0, *ends, V]
+
+
+def shards(q: np.ndarray, labels: np.ndarray, cuts: list[int], entropy: bool) -> RowStatistics:
+    found = []
+    for start, end in itertools.pairwise(cuts):
+        mine = algebra.labels_here(xp, labels, start, end - start)
+        if start == end:
+            assert (mine == NO_LABEL).all()
+            found.append(algebra.no_columns(xp, q[:, 0], entropy))
+        else:
+            found.append(RowStatistics(*kernels.row_stats(q[:, start:end], mine, entropy)))
+    return RowStatistics(*(None if x[0] is None else np.stack(x) for x in zip(*found, strict=True)))
+
+
+@given(batch=rows(), entropy=st.booleans())
+def test_merged_statistics_are_those_of_whole_rows(batch: Any, entropy: bool) -> None:
+    q, labels, cuts = batch
+    with np.errstate(all="ignore"):
+        merged = algebra.merge(xp, labels, shards(q, labels, cuts, entropy))
+        whole = RowStatistics(*kernels.row_stats(q, labels, entropy))
+    assert np.array_equal(merged.row_max, whole.row_max)
+    assert np.array_equal(merged.label_logit, whole.label_logit, equal_nan=True)
+    assert np.isnan(merged.label_logit[3])
+    # relative to logsum itself: what a confident row has beside its largest logit is not lost;
+    # a distance of several hundred between two shards is rounded before it is an exponent
+    np.testing.assert_allclose(merged.logsum, whole.logsum, rtol=1e-10)
+    assert merged.logsum[1] == -np.inf
+    assert (merged.entropy is None) == (not entropy)
+    if entropy:
+        np.testing.assert_allclose(merged.entropy, whole.entropy, rtol=1e-10, atol=1e-13)
+
+
+@given(batch=rows())
+def test_gradients_of_shards_are_those_of_whole_rows(batch: Any) -> None:
+    """With the whole row's statistics the row kernel writes each shard's columns."""
+    q, labels, cuts = batch
+    generator = np.random.default_rng(0)
+    a, b, c = (generator.standard_normal(len(q)) for _ in range(3))
+    with np.errstate(all="ignore"):
+        merged = algebra.merge(xp, labels, shards(q, labels, cuts, False))
+        row_max, logsum, *_ = kernels.row_stats(q, labels)
+        expected = kernels.row_grad(q, labels, row_max, logsum, a, b, c)
+        parts = [
+            kernels.row_grad(
+                q[:, start:end], algebra.labels_here(xp, labels, start, end - start),
+                merged.row_max, merged.logsum, a, b, c,
+            )
+            for start, end in itertools.pairwise(cuts)
+            if end > start
+        ]  # fmt: skip
+    np.testing.assert_allclose(np.concatenate(parts, -1), expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_one_bad_shard_spoils_the_row_and_no_other(garbage: float) -> None:
+    q = np.random.default_rng(0).standard_normal((3, V))
+    q[1, 7] = garbage
+    labels = np.array([0, 3, 11])
+    with np.errstate(all="ignore"):
+        found = algebra.merge(xp, labels, shards(q, labels, [0, 4, 8, V], True))
+    value = found.row_max + found.logsum
+    assert np.isnan(value).tolist() == [False, True, False]
+
+
+def test_all_devices_merge_to_the_same_bits() -> None:
+    q = np.random.default_rng(0).standard_normal((5, V)).astype(np.float32)
+    labels = np.arange(5)
+    parts = shards(q, labels, [0, 3, 8, V], True)
+    first, second = (algebra.merge(xp, labels, parts) for _ in range(2))
+    assert all(np.array_equal(x, y) for x, y in zip(first, second, strict=True))
+    assert first.logsum.dtype == np.float32
+
+
+@given(st.integers(0, 2**32), st.booleans())
+def test_rows_in_the_order_of_the_sequence_and_back(seed: int, each: bool) -> None:
+    generator = np.random.default_rng(seed)
+    whole = generator.standard_normal((2, 3, 8))
+    order = np.argsort(generator.random((2, 3, 8) if each else 8), axis=-1)
+    index = np.broadcast_to(order, whole.shape)
+    came = np.take_along_axis(whole, index, -1)
+    assert np.array_equal(algebra.in_order(xp, came, order), whole)
+    assert algebra.in_order(xp, came, None) is came
+    own = algebra.rows_at(xp, whole, order[..., 2:5])
+    assert np.array_equal(own, came[..., 2:5])

@@ -1,0 +1,220 @@
+"""Processes on gloo that compute what a test sends them; started once for many batches.
+
+As a program, once a rank, this is what they run: ``python -P ranks.py address rank ranks port``.
+"""
+
+import itertools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence as ListOf
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2))
+"""Shards of the vocabulary, shards of the sequence; rank = column * shards of rows + ... below."""
+WAIT = 200  # seconds for an answer; the groups' own timeout is shorter
+
+
+def place(rank: int, layout: tuple[int, int]) -> tuple[int, int]:
+    """Which shard of the vocabulary, and which of the sequence, a rank has."""
+    return rank % layout[0], rank // layout[0]
+
+
+class Ranks:
+    """The processes, from the test's side."""
+
+    def __init__(self, count: int) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        listener = Listener(("127.0.0.1", 0), authkey=b"ranks")
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared |= {"CUDA_VISIBLE_DEVICES": ""}
+        arguments = [str(listener.address[1]), str(count)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-P", __file__, *arguments, str(rank)], env=os.environ | shared
+            )
+            for rank in range(count)
+        ]
+        self.connections: list[Connection] = [None] * count  # type: ignore[list-item]
+        for _ in range(count):
+            connection = listener.accept()
+            self.connections[connection.recv()] = connection
+        listener.close()
+
+    def run(self, jobs: ListOf[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the first ``len(jobs)`` ranks answer, one job each; errors as "error"."""
+        used = self.connections[: len(jobs)]
+        for connection, job in zip(used, jobs, strict=True):
+            connection.send_bytes(pickle.dumps(job))
+        answers = []
+        for rank, connection in enumerate(used):
+            assert connection.poll(WAIT), f"rank {rank} does not answer"
+            answers.append(pickle.loads(connection.recv_bytes()))
+        return answers
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps(None))
+        for process in self.processes:
+            process.wait(timeout=WAIT)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def main(address: int, count: int, rank: int) -> None:
+    import datetime
+
+    import torch.distributed as dist
+
+    import irl_ops.torch  # noqa: F401  # before the others wait for it
+
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=100)
+    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=wait)
+    groups: dict[tuple[int, ...], Any] = {}
+    for size in range(1, count + 1):
+        for ranks in itertools.combinations(range(count), size):
+            groups[ranks] = dist.new_group(list(ranks), timeout=wait)
+    connection = Client(("127.0.0.1", address), authkey=b"ranks")
+    connection.send(rank)
+    while (job := pickle.loads(connection.recv_bytes())) is not None:
+        try:
+            answer = compute(job, rank, groups)
+        except Exception as error:
+            answer = {
+                "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()
+            }  # fmt: skip
+        connection.send_bytes(pickle.dumps(answer))
+    dist.destroy_process_group()
+
+
+def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) -> dict[str, Any]:
+    """Results and gradients of one call, and what it sent."""
+    import irl_ops.torch as irl
+
+    if job["call"] == "exit":
+        os._exit(1)
+    if job["call"] == "dtensor":
+        return dtensor(job, rank)
+    options = dict(job["options"])
+    v, s = job["layout"]
+    mine = place(rank, (v, s))
+    if job.get("vocab"):
+        options["vocab_group"] = groups[tuple(mine[1] * v + i for i in range(v))]
+    if job.get("sequence"):
+        options["sequence_group"] = groups[tuple(i * v + mine[0] for i in range(s))]
+    leaves: dict[str, Tensor] = {}
+    arrays: list[Tensor] = []
+    for name, (data, size, stride, offset) in job["arrays"].items():
+        leaves[name] = data.requires_grad_(data.dtype.is_floating_point)
+        x = leaves[name].as_strided(size, stride, offset)
+        arrays.append(x.clone(memory_format=torch.preserve_format) if job.get("computed") else x)
+    for name in ("values", "next_values", "bias"):
+        if options.get(name) is not None:
+            leaves[name] = options[name].requires_grad_()
+    function = getattr(irl, job["call"])
+    if "compile" in job:
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="eager", **job["compile"])
+    with Counted() as sent:
+        found = function(*arrays, job["labels"], *job["more"], **options)
+        forward = list(sent.messages)
+        metrics = None
+        if isinstance(found, tuple) and not hasattr(found, "_fields"):
+            found, metrics = found
+        outputs = list(found) if isinstance(found, tuple) else [found]
+        terms = [
+            (x * g).sum()
+            for x, g in zip(outputs, job["upstream"], strict=True)
+            if g is not None and x is not None and x.requires_grad
+        ]
+        if terms:
+            sum(terms).backward()  # type: ignore[union-attr]
+    return {
+        "outputs": [None if x is None else x.detach() for x in outputs],
+        "metrics": metrics,
+        "spoilt": bool(arrays[0].isnan().all()),
+        "gradients": {name: x.grad for name, x in leaves.items()},
+        "forward": forward,
+        "backward": sent.messages[len(forward) :],
+    }
+
+
+def dtensor(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A loss of distributed logits, its gradient put together again, and what that was."""
+    from torch.distributed.tensor import (
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
+
+    import irl_ops.torch as irl
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    placements = [Replicate() if dim is None else Shard(dim) for dim in job["placements"]]
+    logits = distribute_tensor(job["logits"], mesh, placements).requires_grad_()
+    labels = job["labels"]
+    if job["distributed"]:
+        rows = [
+            p if isinstance(p, Shard) and p.dim < labels.ndim else Replicate() for p in placements
+        ]
+        labels = distribute_tensor(labels, mesh, rows)
+    loss = irl.iqlearn_loss(logits, labels, **job["options"])
+    loss.sum().backward()
+    return {
+        "outputs": [loss.detach()],
+        "gradient": logits.grad.full_tensor(),
+        "kept": logits.grad.placements == logits.placements,
+    }
+
+
+class Counted:
+    """Bytes that this rank hands to each collective."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, int]] = []
+
+    def __enter__(self) -> "Counted":
+        import torch.distributed as dist
+
+        self.kept = {}
+        for name in dir(dist):
+            if name.startswith(
+                ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv")
+            ):
+                function = getattr(dist, name)
+                if callable(function):
+                    self.kept[name] = function
+                    setattr(dist, name, self.count(name, function))
+        return self
+
+    def count(self, name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            message = args[0] if name == "all_reduce" else args[1]
+            self.messages.append((name, message.numel() * message.element_size()))
+            return function(*args, **kwargs)
+
+        return counted
+
+    def __exit__(self, *_: object) -> None:
+        import torch.distributed as dist
+
+        for name, function in self.kept.items():
+            setattr(dist, name, function)
+
+
+if __name__ == "__main__":
+    main(*(int(x) for x in sys.argv[1:]))
