@@ -31,6 +31,7 @@ def apply_iqlearn(
     model: Model,
     *,
     vocab_size: int | None = None,
+    vocab_group: Any = None,
     without_loss_mask: Literal["raise", "all"] = "raise",
     **options: Unpack[IQLearnOptions[Tensor]],
 ) -> Model:
@@ -50,6 +51,9 @@ def apply_iqlearn(
             the last layer is left as it is.
         vocab_size: the columns of the logits that are tokens; those beyond, by which Megatron pads
             the vocabulary, are left out of V. None: all.
+        vocab_group: the tensor-parallel group, each of whose ranks has a part of the columns. By
+            default the model's own, ``model.pg_collection.tp``, where
+            ``tensor_model_parallel_size`` is above 1.
         without_loss_mask: what a forward without ``loss_mask`` is: "raise" for an error, "all"
             where every label counts.
         **options: of ``irl_ops.torch.iqlearn_loss``, those that hold for a whole run.
@@ -59,8 +63,9 @@ def apply_iqlearn(
 
     Raises:
         TypeError: an option that belongs to a batch, or that Megatron decides.
-        ValueError: an option's value; at the first step, labels that are not shifted.
-        NotImplementedError: tensor or context parallelism, multi-token prediction.
+        ValueError: an option's value; tensor parallelism with a group that is nowhere; at the first
+            step, labels that are not shifted.
+        NotImplementedError: context parallelism, multi-token prediction.
         RuntimeError: a forward with labels in which IQLearn was not called.
     """
     for name in DECIDED:
@@ -70,19 +75,18 @@ def apply_iqlearn(
     if without_loss_mask not in ("raise", "all"):
         raise ValueError(f"without_loss_mask={without_loss_mask!r}; accepted: 'raise', 'all'")
     config: Any = model.config
-    for name, why in (
-        ("tensor_model_parallel_size", "each process has a part of the columns"),
-        ("context_parallel_size", "each process has a part of the rows"),
-    ):
-        if getattr(config, name, 1) > 1:
-            raise NotImplementedError(f"{name}={getattr(config, name)}: {why}; accepted: 1")
+    if (ranks := getattr(config, "context_parallel_size", 1)) > 1:
+        raise NotImplementedError(
+            f"context_parallel_size={ranks}: each process has a part of the rows; accepted: 1"
+        )
     if getattr(config, "mtp_num_layers", None):
         raise NotImplementedError(
             f"mtp_num_layers={config.mtp_num_layers}: the heads that predict further tokens would "
             "get the TD term; accepted: None"
         )
     if getattr(model, "post_process", True):
-        loss = TokenLoss(model, dict(options), vocab_size, without_loss_mask)
+        group = _columns(model, vocab_group)
+        loss = TokenLoss(model, dict(options), vocab_size, group, without_loss_mask)
         vars(model)["compute_language_model_loss"] = loss
         vars(model)["forward"] = loss.forward
     return model
@@ -96,11 +100,17 @@ class TokenLoss:
     """
 
     def __init__(
-        self, model: Any, options: dict[str, Any], vocab_size: int | None, without_mask: str
+        self,
+        model: Any,
+        options: dict[str, Any],
+        vocab_size: int | None,
+        vocab_group: Any,
+        without_mask: str,
     ) -> None:
         self.inner = model.forward
         self.signature = inspect.signature(self.inner)
         self.options, self.vocab_size, self.without_mask = options, vocab_size, without_mask
+        self.vocab_group = vocab_group
         self.batch: dict[str, Any] | None = None
         self.called = self.aligned = False
 
@@ -136,7 +146,10 @@ class TokenLoss:
         where = None if mask is None else mask.reshape(labels.shape) != 0
         self._check_alignment(labels, where)
         logits = logits.transpose(0, 1)  # a view, which the kernels read as it is
-        if self.vocab_size is not None:
+        shards: dict[str, Any] = {}
+        if self.vocab_group is not None:
+            shards = {"vocab_group": self.vocab_group, "vocab_size": self.vocab_size}
+        elif self.vocab_size is not None:
             if not 0 < self.vocab_size <= logits.shape[-1]:
                 raise ValueError(
                     f"logits of {logits.shape[-1]} columns; accepted: at least vocab_size="
@@ -150,6 +163,7 @@ class TokenLoss:
             segment_ids=self._segments(labels),
             reduction="none",
             **self.options,
+            **shards,
         )
         assert isinstance(loss, Tensor)
         return loss
@@ -171,3 +185,18 @@ class TokenLoss:
         given = labels if where is None else labels.masked_fill(~where, -100)
         check_alignment(ids, given, shift=False)
         self.aligned = True
+
+
+def _columns(model: Any, given: Any) -> Any:
+    """The group whose ranks share the columns of the logits; None where each has them all."""
+    ranks = getattr(model.config, "tensor_model_parallel_size", 1)
+    if not getattr(model, "parallel_output", True):  # gathered before the loss
+        return None
+    if given is None and ranks > 1:
+        given = getattr(getattr(model, "pg_collection", None), "tp", None)
+        if given is None:
+            raise ValueError(
+                f"tensor_model_parallel_size={ranks}, and the model names no group; accepted: "
+                "vocab_group=parallel_state.get_tensor_model_parallel_group()"
+            )
+    return given

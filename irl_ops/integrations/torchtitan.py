@@ -56,19 +56,19 @@ else:
 
 
 class IQLearnLoss(BaseLoss):
-    """Offline IQLearn in the place of ``CrossEntropyLoss``, on the whole logits.
+    """Offline IQLearn in the place of ``CrossEntropyLoss``.
 
     Labels come shifted within their documents, and the trainer passes ``positions``: a document's
     last row has a label, and the row after it belongs to the next. Give ``eos_token_id``, or a
     document that a row cuts off counts as ended.
 
     It must not be the ``loss_fn`` of a ``ChunkedLossWrapper``, the default of most configurations:
-    the next row is missing at each cut. ``LinearIQLearnLoss`` takes its place. The
-    logits are whole: neither tensor-parallel nor split along the sequence by context parallelism,
-    which a loss cannot see.
+    the next row is missing at each cut. ``LinearIQLearnLoss`` takes its place. Of
+    logits that loss parallelism leaves as DTensors each process reads its columns. They must not be
+    split along the sequence by context parallelism, which a loss cannot see.
 
     Raises:
-        TypeError: an option's type; tensor-parallel logits; an input that it does not know.
+        TypeError: an option's type; an input that it does not know.
         ValueError: an option's value; a batch without positions, which pipeline parallelism and
             torchtitan's validation pass on to no loss; logits of another width than ``vocab_size``.
         RuntimeError: made or called by a ``ChunkedLossWrapper``.
@@ -131,7 +131,6 @@ class IQLearnLoss(BaseLoss):
         _refuse_chunks()
         if inputs:
             raise TypeError(f"inputs {sorted(inputs)}; accepted: positions")
-        _refuse_shards("pred", pred)
         width = self.config.vocab_size
         if width is not None and pred.shape[-1] != width:
             raise ValueError(f"pred has {pred.shape[-1]} columns; accepted: vocab_size={width}")

@@ -146,6 +146,36 @@ def test_micro_batches_are_float64_autograd_of_the_separate_documents(make):
         close_loss(parameter.grad, gradients[name])
 
 
+def test_columns_of_a_tensor_parallel_group():
+    """A group of one: who has which columns is tests/torch/test_parallel.py's."""
+    torch.manual_seed(0)
+    model, made = GPTModel(), documents()
+    expected, gradients = reference(model, made)
+    batch = padded(made)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        model = apply_iqlearn(model, vocab_group=group, **OPTIONS)
+        loss, count = loss_func(batch["loss_mask"], run(model, batch))
+        (loss / count).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    close_loss(loss.detach() / count, expected)
+    for name, parameter in model.named_parameters():
+        close_loss(parameter.grad, gradients[name])
+
+
+def test_the_group_is_the_models_own():
+    groups = types.SimpleNamespace(tp="the ranks")
+    model = GPTModel(tensor_model_parallel_size=2)
+    model.pg_collection = groups
+    assert apply_iqlearn(model).compute_language_model_loss.vocab_group == "the ranks"
+    gathered = GPTModel(tensor_model_parallel_size=2)
+    gathered.parallel_output = False
+    assert apply_iqlearn(gathered).compute_language_model_loss.vocab_group is None
+
+
 def test_documents_of_a_pre_training_data_set_end_at_the_end_token():
     """Positions run on, and the end token predicts the next document's first, as Megatron has it.
 
@@ -191,11 +221,9 @@ def test_what_is_refused():
         run(apply_iqlearn(GPTModel(), **OPTIONS), unshifted)
     with pytest.raises(ValueError, match="logits of 16 columns; accepted: at least vocab_size=17"):
         run(apply_iqlearn(GPTModel(), vocab_size=17), batch)
-    for name, value in (
-        ("tensor_model_parallel_size", 2),
-        ("context_parallel_size", 2),
-        ("mtp_num_layers", 1),
-    ):
+    with pytest.raises(ValueError, match="the model names no group"):
+        apply_iqlearn(GPTModel(tensor_model_parallel_size=2))
+    for name, value in (("context_parallel_size", 2), ("mtp_num_layers", 1)):
         with pytest.raises(NotImplementedError, match=f"{name}={value}"):
             apply_iqlearn(GPTModel(**{name: value}))
     with pytest.raises(TypeError, match="no option 'reduction', which Megatron decides"):

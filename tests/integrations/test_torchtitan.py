@@ -65,6 +65,31 @@ def test_a_step_is_float64_autograd_over_micro_batches(batch):
     assert {"nll_mean", "td_mean", "value_mean", "reward_mean"} <= set(metrics)
 
 
+def test_logits_of_loss_parallelism_are_read_where_they_are(batch):
+    """DTensors on a mesh of one: who has which columns is tests/torch/test_parallel_calls.py's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    logits, labels, positions = batch
+    double = logits.detach().double().requires_grad_()
+    store, count = torch.distributed.HashStore(), torch.tensor(labels.numel())
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        loss_fn = IQLearnLoss.Config(**OPTIONS, vocab_size=VOCAB).build(compile_config=None)
+        with loss_parallel():
+            pred = DTensor.from_local(logits, mesh, [Shard(-1)])
+            loss, _ = loss_fn(pred, labels, count, positions=positions)
+            loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = reference(double, labels, positions, count)
+    expected.backward()
+    close(loss.detach(), expected.detach())
+    close(logits.grad, double.grad)
+
+
 def test_metrics_add_up_to_the_mean_over_all_tokens(batch):
     logits, labels, positions = batch
     loss_fn = IQLearnLoss.Config(**OPTIONS).build()

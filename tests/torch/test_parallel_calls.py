@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import irl_ops.torch as irl
+from irl_ops.call import Call, StatsCall
 from irl_ops.torch.shards import fits
 
 from .. import naive
@@ -341,3 +342,10 @@ def test_whether_columns_fit_is_seen_on_a_device(
     count, right = fits(torch.tensor([(5, *span) for span in spans]), size)
     assert (count.item(), right.item()) == expected
     assert not fits(torch.tensor([(i, *span) for i, span in enumerate(spans)]), size)[1]
+
+
+def test_calls_have_no_field_that_groups_would_ignore() -> None:
+    """What a call gets beside these has to be served over groups, or refused there."""
+    loss = "terms sequence weighting heads metrics inplace backend readout"
+    assert " ".join(Call._fields) == loss
+    assert " ".join(StatsCall._fields) == "gamma sequence heads entropy backend readout"
