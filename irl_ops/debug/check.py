@@ -11,7 +11,7 @@ import numpy as np
 from irl_ops.debug.arrays import as_is, dtype_name
 from irl_ops.debug.callables import see_callable
 from irl_ops.debug.explain import explain
-from irl_ops.debug.report import Report
+from irl_ops.debug.report import Parting, Report
 from irl_ops.debug.rows import Batch, Logits
 from irl_ops.debug.seen import Part, Seen, known_options
 from irl_ops.debug.shares import Counts
@@ -25,6 +25,8 @@ MARKS = ("segment_ids", "position_ids", "cu_seqlens")
 # 2^-24 in each row. Logits of a second forward in a 16-bit dtype may be rounded another way where
 # their products are summed in another order: 2^-9 of each, with signs that mostly cancel.
 FINE, COARSE = 5e-6, 1e-3
+
+_NONE: tuple[Parting, ...] = ()
 
 
 def check(
@@ -121,7 +123,7 @@ def check(
         wide = dtype_name(batches[0].logits.flat) in ("float32", "float64")
         rtol = FINE if wide or not seen.recomputed else COARSE
     findings = explain(seen.found, seen.dtype, batches, counts, rtol)
-    rows, partings = findings.rows, ()
+    rows, partings = findings.rows, _NONE
     if gradient and findings.ok:
         n = sum(float(b.summed().weights.sum()) for b in batches) if items is None else items
         factor = counts.scale / (1.0 if counts.summed else n or 1.0)

@@ -21,7 +21,7 @@ EVERYWHERE: dict[Place, str] = {
     "normaliser": "give a batch with rows that have no label",
     "ranks": "give world_size",
     "accumulation": "give accumulation_steps, or the micro-batches of a step",
-    "dtype": "the logits are 16-bit numbers already",
+    "dtype": "the logits are 16-bit already, or too small for a difference",
 }
 """What it takes for a mistake to show."""
 

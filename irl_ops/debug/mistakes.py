@@ -7,6 +7,7 @@ of it, or None where there is nothing to mistake.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,11 @@ class Mistake(NamedTuple):
     place: Place
     words: str
     change: Callable[[Batch], Batch | None]
+
+
+def _with(**options: Any) -> Callable[[Batch], Batch]:
+    """A change of options alone."""
+    return lambda batch: batch.but(**options)
 
 
 def mistakes(batch: Batch) -> Iterator[Mistake]:
@@ -58,21 +64,21 @@ def _shift(batch: Batch) -> Iterator[Mistake]:
             "shift",
             "the labels are not shifted: logits[t] scores labels[t], the token that it was "
             "computed from (give shift=True)",
-            lambda b: b.but(shift=False),
+            _with(shift=False),
         )
         for marks in ("logits", "labels"):
             yield Mistake(
                 "shift",
                 "the labels are shifted twice: logits[t] scores labels[t + 2] (slice, or give "
                 "shift=True, not both)",
-                lambda b, marks=marks: _shifted_twice(b, marks),
+                partial(_shifted_twice, marks=marks),
             )
     else:
         yield Mistake(
             "shift",
             "labels that stand beside their logits are shifted again: logits[t] scores "
             "labels[t + 1] (give shift=False)",
-            lambda b: b.but(shift=True),
+            _with(shift=True),
         )
 
 
@@ -106,7 +112,7 @@ def _neighbour(batch: Batch) -> Iterator[Mistake]:
                 "the last row of a document scores the first token of the next, and reads its row: "
                 "the loss is not told where documents end (give segment_ids, position_ids or "
                 "cu_seqlens)",
-                lambda b: b.but(**none),
+                _with(**none),
             )
     yield Mistake(
         "neighbour",
@@ -140,7 +146,7 @@ def _neighbour(batch: Batch) -> Iterator[Mistake]:
             "neighbour",
             f"the sequence comes in {n} chunks: V' is missing at each cut (give whole sequences, "
             "or take linear_iqlearn_loss, which cuts inside)",
-            lambda b, n=n: _chunked(b, n),
+            partial(_chunked, n=n),
         )
 
 
@@ -204,13 +210,13 @@ def _end(batch: Batch) -> Iterator[Mistake]:
             "end",
             f"the last row of a document ends as by boundary={other!r}: {told}it should be "
             + ("by its end token" if ends is not None else f"{rule!r}"),
-            lambda b, other=other: b.but(eos_token_id=None, boundary=other),
+            _with(eos_token_id=None, boundary=other),
         )
     if batch.options.get("truncated") is not None:
         yield Mistake(
             "end",
             "rows that are cut off count as ended: truncated is not given",
-            lambda b: b.but(truncated=None),
+            _with(truncated=None),
         )
 
 
@@ -219,7 +225,7 @@ def _terms(batch: Batch) -> Iterator[Mistake]:
         "terms",
         "there is no TD term: this is the negative log-likelihood (is the loss called at all? a "
         "trainer's fused cross-entropy may have taken its place)",
-        lambda b: b.but(lam=0.0),
+        _with(lam=0.0),
     )
     options = batch.options
     for name in ("lam", "gamma"):
@@ -227,21 +233,21 @@ def _terms(batch: Batch) -> Iterator[Mistake]:
             yield Mistake(
                 "terms",
                 f"{name} is {DEFAULTS[name]}, the default, and should be {options[name]:g}",
-                lambda b, name=name: b.but(**{name: DEFAULTS[name]}),
+                _with(**{name: DEFAULTS[name]}),
             )
     for name in ("entropy_coef", "z_loss"):
         if options.get(name, 0.0) != 0.0:
             yield Mistake(
                 "terms",
                 f"{name} is 0, and should be {options[name]:g}",
-                lambda b, name=name: b.but(**{name: 0.0}),
+                _with(**{name: 0.0}),
             )
     for name in ("token_weights", "where", "values", "next_values"):
         if options.get(name) is not None:
             yield Mistake(
                 "terms",
                 f"{name} does not reach the loss",
-                lambda b, name=name: b.but(**{name: None}),
+                _with(**{name: None}),
             )
     if not batch.logits.readout.plain:
         yield Mistake(

@@ -51,13 +51,15 @@ def see_step(
     """
     labels = inputs["labels"] if inputs.get("shift_labels") is None else inputs["shift_labels"]
     devices = [labels.device] if labels.device.type == "cuda" else []
+    asked: list[Tensor] = []
     watched: list[Tensor] = []
+    called: list[dict[str, Any]] = []
+    with torch.random.fork_rng(devices), head_inputs(model, asked), _grad(gradient):
+        with arguments(model, called):
+            loss = step()
+    added = {name: x for name, x in (called or [{}])[0].items() if name == "use_cache"}
+    plain = without_labels(model, {**inputs, **added})  # a cache changes how packing is seen
     with torch.random.fork_rng(devices), head_inputs(model, watched), _grad(gradient):
-        loss = step()
-    asked = list(watched)
-    watched.clear()
-    plain = without_labels(model, inputs)
-    with head_inputs(model, watched), _grad(gradient):
         logits = logits_of(model(**plain))
     part = Part(logits.detach(), labels, facts(inputs))
     if gradient and len(asked) == 1 and len(watched) == 1 and asked[0].requires_grad:
@@ -88,6 +90,21 @@ def _grad(gradient: bool) -> Any:
 
 
 @contextmanager
+def arguments(model: nn.Module, called: list[dict[str, Any]]) -> Generator[None]:
+    """Appends what the model is called with, which a Trainer may have added to."""
+    names = list(inspect.signature(unwrapped(model).forward).parameters)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def head_inputs(model: nn.Module, watched: list[Tensor]) -> Generator[None]:
     """Appends what the last layer is given; nothing where the model does not say which it is."""
     named = getattr(unwrapped(model), "get_output_embeddings", None)
@@ -110,9 +127,6 @@ def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in plain:
         prepare: Any = inner.prepare_decoder_input_ids_from_labels
         plain["decoder_input_ids"] = prepare(labels=inputs["labels"].clone())
-    takes = inspect.signature(inner.forward).parameters
-    if "use_cache" in takes:  # with a cache, Transformers reads no packing from position_ids
-        plain.setdefault("use_cache", False)
     return plain
 
 

@@ -122,12 +122,12 @@ def _factors(counts: Counts, exact: Callable[[list[Summed]], float]) -> Iterator
             yield Share(
                 place,
                 f"the loss is multiplied by {name} once too often",
-                lambda p, number=number: exact(p) * number,
+                _times(exact, number),
             )
             yield Share(
                 place,
                 f"the loss is divided by {name} once too often",
-                lambda p, number=number: exact(p) / number,
+                _times(exact, 1 / number),
             )
     if counts.world_size > 1:
         yield Share(
@@ -136,6 +136,12 @@ def _factors(counts: Counts, exact: Callable[[list[Summed]], float]) -> Iterator
             "by num_items, that of all ranks",
             lambda p: _sum(p) / _labels(p),
         )
+
+
+def _times(
+    exact: Callable[[list[Summed]], float], factor: float
+) -> Callable[[list[Summed]], float]:
+    return lambda parts: factor * exact(parts)
 
 
 def _sum(parts: list[Summed]) -> float:

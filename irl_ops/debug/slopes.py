@@ -37,10 +37,10 @@ def compare(slopes: Slopes, expected: NDArray[np.float32]) -> Compared:
     given, wanted = (
         x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (slopes.found, expected)
     )
-    norms = [np.linalg.norm(x, axis=-1) for x in (wanted, given, given - wanted)]
-    floor = norms[0] + 0.01 * norms[0].max(initial=0.0)
-    parted = ~(norms[2] <= TOLERANCES.get(slopes.dtype, COARSE) * floor)
-    return Compared(*norms, parted & ((norms[0] != 0) | (norms[1] != 0)))
+    norm, found, error = (np.linalg.norm(x, axis=-1) for x in (wanted, given, given - wanted))
+    floor = norm + 0.01 * norm.max(initial=0.0)
+    parted = ~(error <= TOLERANCES.get(slopes.dtype, COARSE) * floor)
+    return Compared(norm, found, error, parted & ((norm != 0) | (found != 0)))
 
 
 def judge(

@@ -61,7 +61,8 @@ def _step(
     trainer: Any, model: Any, inputs: dict[str, Any], items: Any, gradient: bool
 ) -> tuple[Part, Tensor]:
     """What the Trainer hands to ``accelerator.backward``."""
-    accelerator, handed = trainer.accelerator, []
+    accelerator = trainer.accelerator
+    handed: list[Tensor] = []
 
     def keep(loss: Tensor, **kwargs: Any) -> None:
         handed.append(loss / accelerator.gradient_accumulation_steps)
