@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from irl_ops.debug.arrays import as_is, dtype_name
+from irl_ops.debug.documents import documents
 from irl_ops.debug.seen import BATCH_KEYS, Part, Seen, Slopes
 
 LOSS_ALONE = (
@@ -158,17 +159,15 @@ def logits_of(outputs: Any) -> Tensor:
 
 def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a batch says of its rows, as options of the loss."""
-    from irl_ops.integrations.transformers.forward import segment_ids
-
     found = {
         name: as_is(inputs[name])
         for name in BATCH_KEYS
         if name not in ("position_ids", "cu_seqlens", "num_items") and inputs.get(name) is not None
     }
     if "segment_ids" not in found:
-        ids = segment_ids(inputs)
+        ids = documents(inputs)
         if ids is not None:
-            found["segment_ids"] = as_is(ids)
+            found["segment_ids"] = ids
     return found
 
 
