@@ -144,7 +144,7 @@ def _rows(
             yield Row(place, "not judged", "")
     if not agrees and not causes:
         ratio = f", {found / expected:.5g} times it" if expected else ""
-        yield Row("unknown", "wrong", f"no known mistake gives {found:.7g}{ratio}")
+        yield Row("unknown", "wrong", f"no known mistake gives {found:.6g}{ratio}")
 
 
 def _ruled_out(n: int) -> str:

@@ -118,7 +118,7 @@ class Report:
     def headline(self) -> str:
         """Both numbers, in a line."""
         agree = "the loss is right" if self.ok else "the loss is not what is expected"
-        return f"{agree}: {self.found:.7g}, reference {self.expected:.7g} ± {self.tolerance:.1g}"
+        return f"{agree}: {self.found:.6g}, reference {self.expected:.6g} ± {self.tolerance:.1g}"
 
     def __str__(self) -> str:  # noqa: D105
         width = max(len(row.place) for row in self.rows)

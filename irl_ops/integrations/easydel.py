@@ -59,10 +59,10 @@ def iqlearn_loss_function(
         labels = integers(labels)
         if attention_mask is not None and attention_mask.shape == labels.shape:
             labels = jnp.where(jnp.asarray(attention_mask) != 0, labels, ignored)
-        ids = rest.get("input_ids")
+        ids, segments = rest.get("input_ids"), rest.get("segment_ids")
         if verify and ids is not None:
-            check_alignment(jnp.asarray(ids), labels, labels != ignored, shift=shift)
-        segments = rest.get("segment_ids")
+            labelled = labels != ignored
+            check_alignment(jnp.asarray(ids), labels, labelled, shift=shift, segment_ids=segments)
         loss, metrics = iqlearn_loss(
             logits,
             labels,

@@ -87,11 +87,13 @@ def integers(x: Any) -> jax.Array:
     return narrow
 
 
-def check_alignment(tokens: Any, labels: Any, labelled: Any, *, shift: bool) -> None:
+def check_alignment(
+    tokens: Any, labels: Any, labelled: Any, *, shift: bool, segment_ids: Any = None
+) -> None:
     """Raises where labels [B, T] lie one row away from what the loss takes them for.
 
-    Unshifted labels are the tokens themselves, shifted ones the tokens one row later. Labels that
-    are neither in all of their rows, or both, pass.
+    Unshifted labels are the tokens themselves, shifted ones the tokens one row later within their
+    document. Labels that are neither in all of their rows, or both, pass.
 
     Raises:
         ValueError: they are shifted and should not be, or the other way round. In a compiled
@@ -102,9 +104,11 @@ def check_alignment(tokens: Any, labels: Any, labelled: Any, *, shift: bool) -> 
             f"labels have shape {list(labels.shape)}; accepted: {list(tokens.shape)}, that of the "
             "tokens"
         )
-    ahead = (labels[..., :-1] == tokens[..., 1:]) | ~labelled[..., :-1]
+    looked = labelled[..., :-1]
+    if segment_ids is not None:
+        looked = looked & (segment_ids[..., 1:] == segment_ids[..., :-1])
     here = ((labels == tokens) | ~labelled).all() & labelled.any()
-    next_one = ahead.all() & labelled[..., :-1].any()
+    next_one = ((labels[..., :-1] == tokens[..., 1:]) | ~looked).all() & looked.any()
     wrong = next_one & ~here if shift else here & ~next_one
     if isinstance(wrong, jax.core.Tracer):
         jax.debug.callback(partial(_refuse, shift=shift), wrong)
@@ -146,7 +150,9 @@ def loss_fn(
         labels = integers(batch["labels"])
         ids = batch.get("input_ids")
         if verify and ids is not None:
-            check_alignment(jnp.asarray(ids), labels, labels != ignored, shift=shift)
+            marks = batch.get("segment_ids")
+            labelled = labels != ignored
+            check_alignment(jnp.asarray(ids), labels, labelled, shift=shift, segment_ids=marks)
         found: tuple[jax.Array, dict[str, jax.Array]] = iqlearn_loss(
             call(model, batch), labels, shift=shift, return_metrics=True, **facts, **given
         )

@@ -58,10 +58,10 @@ def cross_entropy_with_logits(
     """
     given = checked("cross_entropy_with_logits", options)
     mask = within_documents(data) != 0
-    targets = integers(data["targets"])
+    targets, segments = integers(data["targets"]), integers(data["inputs_segmentation"])
     if verify:
-        check_alignment(jnp.asarray(data["inputs"]), targets, mask, shift=False)
-    segments = integers(data["inputs_segmentation"])
+        inputs = jnp.asarray(data["inputs"])
+        check_alignment(inputs, targets, mask, shift=False, segment_ids=segments)
     xent: jax.Array = iqlearn_loss(
         logits,
         targets,

@@ -5,6 +5,7 @@ EasyDeL and Levanter are not installed here; what is repeated of each is named w
 """
 
 import functools
+import itertools
 import sys
 import types
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def shifted():
     labels, segments = np.full_like(ids, -100), np.zeros_like(ids)
     for b, row in enumerate(rows):
         flat = [
-            (x, y, n + 1)
-            for n, tokens in enumerate(row)
-            for x, y in zip(tokens[:-1], tokens[1:], strict=True)
+            (x, y, n + 1) for n, tokens in enumerate(row) for x, y in itertools.pairwise(tokens)
         ]
         n = len(flat)
         ids[b, :n], labels[b, :n], segments[b, :n] = zip(*flat, strict=True)
@@ -179,7 +178,7 @@ def test_a_step_with_the_name_of_optax():
     assert_one_step(model)
 
 
-AXES = [(-1, (0, 1, 2)), (1, (0, 2, 1)), (0, (2, 0, 1)), (-2, (0, 2, 1))]
+AXES = [(-1, (0, 1, 2)), (0, (2, 0, 1)), (-2, (0, 2, 1))]
 
 
 @pytest.mark.parametrize(("axis", "order"), AXES)
