@@ -26,8 +26,6 @@ MARKS = ("segment_ids", "position_ids", "cu_seqlens")
 # their products are summed in another order: 2^-9 of each, with signs that mostly cancel.
 FINE, COARSE = 5e-6, 1e-3
 
-_NONE: tuple[Parting, ...] = ()
-
 
 def check(
     target: Any,
@@ -123,7 +121,8 @@ def check(
         wide = dtype_name(batches[0].logits.flat) in ("float32", "float64")
         rtol = FINE if wide or not seen.recomputed else COARSE
     findings = explain(seen.found, seen.dtype, batches, counts, rtol)
-    rows, partings = findings.rows, _NONE
+    rows = findings.rows
+    partings: tuple[Parting, ...] = ()
     if gradient and findings.ok:
         n = sum(float(b.summed().weights.sum()) for b in batches) if items is None else items
         factor = counts.scale / (1.0 if counts.summed else n or 1.0)

@@ -65,6 +65,7 @@ def explain(
     single = list(_single(batches, parts, counts))
     agrees = is_found(expected)
     causes: list[tuple[Place, str]] = []
+    together = 1
     if narrow is not None:
         causes.append(
             (
@@ -76,10 +77,10 @@ def explain(
         near = [guess for guess in single if is_found(guess.number)]
         if not near:
             near = [g for g in _pairs(batches, counts) if is_found(g.number)][:1]
-        causes += [cause for guess in near for cause in guess.mistakes]
-    return Findings(
-        expected, tolerance, tuple(_rows(found, expected, tolerance, single, causes, agrees))
-    )
+        causes += dict.fromkeys(cause for guess in near for cause in guess.mistakes)
+        together = len(causes) if len(near) == 1 else together
+    rows = _rows(found, expected, tolerance, single, causes, agrees, together)
+    return Findings(expected, tolerance, tuple(rows))
 
 
 def _changed(batches: list[Batch], mistake: Mistake) -> list[Batch] | None:
@@ -121,8 +122,10 @@ def _rows(
     single: list[Guess],
     causes: list[tuple[Place, str]],
     agrees: bool,
+    together: int,
 ) -> Iterator[Row]:
-    several = len({place for place, _ in causes}) > 1
+    """``together``: how many of the causes it takes for the number, where they are not choices."""
+    several = together < len(causes)
     for place in PLACES:
         here = list(dict.fromkeys(words for at, words in causes if at == place))
         for words in here:

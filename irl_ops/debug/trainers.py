@@ -27,6 +27,9 @@ def see_trainer(trainer: Any, batch: Any, gradient: bool) -> Seen:
             steps = [_step(trainer, model, inputs, items, gradient) for inputs in batches]
     losses = [loss for _, loss in steps]
     world = int(trainer.args.world_size)
+    if world > 1 and items is not None and not trainer.args.average_tokens_across_devices:
+        # the Trainer has counted this rank's labels alone
+        items = trainer.accelerator.gather(torch.as_tensor(items, device=device).reshape(1)).sum()
     return Seen(
         found=float(sum(losses)),
         dtype=dtype_name(losses[0]),
