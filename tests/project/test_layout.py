@@ -52,7 +52,18 @@ UPPER = {
     "irl_ops.integrations",
     "irl_ops.reference",
     "irl_ops.doctor",
+    "irl_ops.debug",
 }
+JAX_TRAINERS = (
+    "jax_batches",
+    "flax",
+    "equinox",
+    "optax",
+    "maxtext",
+    "tunix",
+    "easydel",
+    "levanter",
+)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,15 @@ UPPER = {
             "irl_ops/jax/**/*.py",
             (FRAMEWORKS - {"jax", "triton"}) | (UPPER - {"irl_ops.jax"}),
         ),
-        ("irl_ops/integrations/**/*.py", {"irl_ops.doctor", "irl_ops.reference"}),
+        ("irl_ops/integrations/**/*.py", {"irl_ops.doctor", "irl_ops.reference", "irl_ops.debug"}),
+        *(
+            (f"irl_ops/integrations/{n}.py", (FRAMEWORKS - {"jax"}) | {"irl_ops.torch"})
+            for n in JAX_TRAINERS
+        ),
+        (
+            "irl_ops/debug/**/*.py",
+            {"irl_ops.doctor", "irl_ops.integrations", "irl_ops.torch", "irl_ops.jax"},
+        ),
         ("kernels/**/*.py", UPPER | {"irl_ops.algebra", "irl_ops.schedules", "transformers"}),
         ("kernels/reference/**/*.py", FRAMEWORKS),
         ("kernels/triton/**/*.py", FRAMEWORKS - {"triton"}),
@@ -94,6 +113,8 @@ def test_imports_point_one_way(pattern, forbidden):
         ("irl_ops.reference", FRAMEWORKS),
         ("irl_ops.torch", FRAMEWORKS - {"torch", "triton"}),
         ("irl_ops.jax", FRAMEWORKS - {"jax", "jaxlib"}),
+        ("irl_ops.debug", FRAMEWORKS),
+        ("irl_ops.integrations.maxtext", FRAMEWORKS - {"jax", "jaxlib"}),
     ],
 )
 def test_import_loads_no_more_than_it_needs(module, absent):
