@@ -259,7 +259,7 @@ def test_inplace(ranks: Ranks) -> None:
 
 def test_compiled(ranks: Ranks) -> None:
     """A compiled function breaks its graph around the call; fullgraph says so."""
-    split = over(vocab=2, sequence=2)
+    split = over(vocab=2)
     plain, compiled = ask(ranks, batch(), split), ask(ranks, batch(), split, compile={})
     for a, b in zip(plain, compiled, strict=True):
         assert same(a["outputs"][0], b["outputs"][0])
