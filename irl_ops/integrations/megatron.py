@@ -24,6 +24,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 DECIDED = (
     *("shift", "where", "segment_ids", "position_ids", "cu_seqlens", "truncated", "ignore_index"),
     *("token_weights", "num_items", "reduction", "next_values", "values", "inplace"),
+    *("vocab_group", "vocab_start", "sequence_group", "sequence_order"),
 )
 
 
@@ -45,6 +46,8 @@ def apply_iqlearn(
     Documents of a pre-training data set follow each other without new positions: give
     ``eos_token_id``, or a bootstrap runs on into the next.
 
+    Under tensor parallelism each process reads its own columns, as with Megatron's cross-entropy.
+
     Args:
         model: a ``GPTModel``, before Megatron wraps it; changed in place. A pipeline stage without
             the last layer is left as it is.
@@ -60,7 +63,8 @@ def apply_iqlearn(
     Raises:
         TypeError: an option that belongs to a batch, or that Megatron decides.
         ValueError: an option's value; at the first step, labels that are not shifted.
-        NotImplementedError: tensor or context parallelism, multi-token prediction.
+        NotImplementedError: context parallelism, multi-token prediction, tensor parallelism with
+            gathered logits.
         RuntimeError: a forward with labels in which IQLearn was not called.
     """
     for name in DECIDED:
@@ -70,12 +74,11 @@ def apply_iqlearn(
     if without_loss_mask not in ("raise", "all"):
         raise ValueError(f"without_loss_mask={without_loss_mask!r}; accepted: 'raise', 'all'")
     config: Any = model.config
-    for name, why in (
-        ("tensor_model_parallel_size", "each process has a part of the columns"),
-        ("context_parallel_size", "each process has a part of the rows"),
-    ):
-        if getattr(config, name, 1) > 1:
-            raise NotImplementedError(f"{name}={getattr(config, name)}: {why}; accepted: 1")
+    if getattr(config, "context_parallel_size", 1) > 1:
+        raise NotImplementedError(
+            f"context_parallel_size={config.context_parallel_size}: each process has a part of the "
+            "rows; accepted: 1"
+        )
     if getattr(config, "mtp_num_layers", None):
         raise NotImplementedError(
             f"mtp_num_layers={config.mtp_num_layers}: the heads that predict further tokens would "
@@ -83,9 +86,21 @@ def apply_iqlearn(
         )
     if getattr(model, "post_process", True):
         loss = TokenLoss(model, dict(options), vocab_size, without_loss_mask)
+        if getattr(config, "tensor_model_parallel_size", 1) > 1:
+            loss.vocab_group = _group(model)
         vars(model)["compute_language_model_loss"] = loss
         vars(model)["forward"] = loss.forward
     return model
+
+
+def _group(model: Any) -> Any:
+    """The processes that have the other columns of the logits."""
+    if not getattr(model, "parallel_output", True):
+        raise NotImplementedError(
+            "parallel_output=False with tensor parallelism: each process has all logits, and would "
+            "differentiate them anew; accepted: parallel_output=True"
+        )
+    return model.pg_collection.tp
 
 
 class TokenLoss:
@@ -93,6 +108,7 @@ class TokenLoss:
 
     Attributes:
         batch: during a forward, its arguments.
+        vocab_group: the processes of tensor parallelism, or None.
     """
 
     def __init__(
@@ -102,6 +118,7 @@ class TokenLoss:
         self.signature = inspect.signature(self.inner)
         self.options, self.vocab_size, self.without_mask = options, vocab_size, without_mask
         self.batch: dict[str, Any] | None = None
+        self.vocab_group: Any = None
         self.called = self.aligned = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +153,10 @@ class TokenLoss:
         where = None if mask is None else mask.reshape(labels.shape) != 0
         self._check_alignment(labels, where)
         logits = logits.transpose(0, 1)  # a view, which the kernels read as it is
-        if self.vocab_size is not None:
+        parallel = {}
+        if self.vocab_group is not None:  # padding is behind the last columns of all
+            parallel = {"vocab_group": self.vocab_group, "vocab_size": self.vocab_size}
+        elif self.vocab_size is not None:
             if not 0 < self.vocab_size <= logits.shape[-1]:
                 raise ValueError(
                     f"logits of {logits.shape[-1]} columns; accepted: at least vocab_size="
@@ -149,6 +169,7 @@ class TokenLoss:
             where=where,
             segment_ids=self._segments(labels),
             reduction="none",
+            **parallel,
             **self.options,
         )
         assert isinstance(loss, Tensor)

@@ -56,7 +56,7 @@ else:
 
 
 class IQLearnLoss(BaseLoss):
-    """Offline IQLearn in the place of ``CrossEntropyLoss``, on the whole logits.
+    """Offline IQLearn in the place of ``CrossEntropyLoss``, on the logits of whole sequences.
 
     Labels come shifted within their documents, and the trainer passes ``positions``: a document's
     last row has a label, and the row after it belongs to the next. Give ``eos_token_id``, or a
@@ -64,11 +64,12 @@ class IQLearnLoss(BaseLoss):
 
     It must not be the ``loss_fn`` of a ``ChunkedLossWrapper``, the default of most configurations:
     the next row is missing at each cut. ``LinearIQLearnLoss`` takes its place. The
-    logits are whole: neither tensor-parallel nor split along the sequence by context parallelism,
-    which a loss cannot see.
+    logits may be a DTensor whose vocabulary is sharded, as under tensor parallelism with loss
+    parallelism. They must not be split along the sequence by context parallelism, which a loss
+    cannot see.
 
     Raises:
-        TypeError: an option's type; tensor-parallel logits; an input that it does not know.
+        TypeError: an option's type; a DTensor sharded otherwise; an input that it does not know.
         ValueError: an option's value; a batch without positions, which pipeline parallelism and
             torchtitan's validation pass on to no loss; logits of another width than ``vocab_size``.
         RuntimeError: made or called by a ``ChunkedLossWrapper``.
@@ -131,7 +132,13 @@ class IQLearnLoss(BaseLoss):
         _refuse_chunks()
         if inputs:
             raise TypeError(f"inputs {sorted(inputs)}; accepted: positions")
-        _refuse_shards("pred", pred)
+        if isinstance(pred, DTensor) and any(
+            not (p.is_replicate() or p.is_shard(pred.ndim - 1)) for p in pred.placements
+        ):
+            raise TypeError(
+                f"pred is a DTensor with placements {pred.placements}; accepted: its vocabulary "
+                "sharded, and nothing else"
+            )
         width = self.config.vocab_size
         if width is not None and pred.shape[-1] != width:
             raise ValueError(f"pred has {pred.shape[-1]} columns; accepted: vocab_size={width}")
@@ -256,7 +263,7 @@ def _refuse_shards(what: str, tensor: Tensor) -> None:
     if isinstance(tensor, DTensor):
         raise TypeError(
             f"{what}: a DTensor with placements {tensor.placements}; accepted: plain tensors, "
-            "which tensor parallelism leaves whole without loss parallelism"
+            "or IQLearnLoss in the place of LinearIQLearnLoss, which takes sharded logits"
         )
 
 

@@ -192,12 +192,15 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="logits of 16 columns; accepted: at least vocab_size=17"):
         run(apply_iqlearn(GPTModel(), vocab_size=17), batch)
     for name, value in (
-        ("tensor_model_parallel_size", 2),
         ("context_parallel_size", 2),
         ("mtp_num_layers", 1),
     ):
         with pytest.raises(NotImplementedError, match=f"{name}={value}"):
             apply_iqlearn(GPTModel(**{name: value}))
+    gathered = GPTModel(tensor_model_parallel_size=2)
+    gathered.parallel_output = False
+    with pytest.raises(NotImplementedError, match="parallel_output=False with tensor parallelism"):
+        apply_iqlearn(gathered)
     with pytest.raises(TypeError, match="no option 'reduction', which Megatron decides"):
         apply_iqlearn(GPTModel(), reduction="sum")
     with pytest.raises(ValueError, match="without_loss_mask='none'"):
