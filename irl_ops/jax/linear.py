@@ -96,6 +96,7 @@ def linear_iqlearn_loss(
             which rounds the sum after every chunk and takes nothing. (PyTorch's tensor is refused.)
         logit_scale: factor of the logits, as in ``iqlearn_loss``.
         softcap: bound of the logits, or None, as in ``iqlearn_loss``.
+        temperature: divides q, as in ``iqlearn_loss``.
         drop_rows: None and True leave out chunks of which nobody needs a row, by a condition that
             the device decides; under ``vmap`` it chooses between two results, and leaves out
             nothing. False compiles no condition.
