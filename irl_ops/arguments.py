@@ -156,6 +156,9 @@ class Arguments:
         heat, by_row = given.temperature, None
         if self.is_array(heat):
             heat, by_row = self._temperatures(heat, logits, labels)
+        if by_row is None and given.keep_above is not None and heat != 1:
+            # thresholds are compared with what is not yet divided
+            heat, by_row = 1.0, self._positive("temperature", heat, logits)
         self.check_switches(entropy_grad=given.entropy_grad)
         if given.extra_ids is not None:
             self._check_ids(given.extra_ids, labels)

@@ -11,7 +11,7 @@ EXTRAS = ("log_sum_sq", "top1", "mean_logit")
 class Measures(NamedTuple):
     """One call's. Arrays have a number per row ``[..., T]``, or as said."""
 
-    temperature: Any = 1.0  # an array or None once checked: a number is part of the readout
+    temperature: Any = 1.0  # once checked None: a number is part of the readout, if it can be
     extra_ids: Any = None  # [..., T, K]
     keep_mask: Any = None  # bool [..., T, V]
     keep_above: Any = None

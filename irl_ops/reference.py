@@ -134,7 +134,7 @@ def _measured(call: Any, q: Float, rows: Rows) -> tuple[algebra.Statistics, dict
         q,
         ids,
         asked.wanted(call.entropy),
-        row_scale=None if heat is None else np.where(heat > 0, 1 / _float(heat), np.nan),
+        row_scale=None if heat is None else np.broadcast_to(1 / _float(heat), rows.labels.shape),
         keep_mask=asked.keep_mask,
         keep_above=None if asked.keep_above is None else _float(asked.keep_above),
         **call.readout.keywords,

@@ -184,7 +184,7 @@ def view_of(call: StatsCall, labels: Tensor, dtype: torch.dtype) -> View:
     """What each row has of its own, in the dtype that is computed in."""
     heat, _, mask, above, *_ = call.measures
     if heat is not None:
-        heat = heat.to(labels.device, dtype).expand(labels.shape)
+        heat = torch.as_tensor(heat, dtype=dtype, device=labels.device).expand(labels.shape)
         heat = torch.where(heat > 0, 1 / heat, torch.nan)  # what a temperature cannot be
     return View(heat, mask, None if above is None else above.to(dtype))
 
