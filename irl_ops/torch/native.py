@@ -249,7 +249,7 @@ class View:
         self.kept = (scale, keep_mask, above)  # lives through the call
         strides = () if keep_mask is None else keep_mask.stride()[:-1]
         self.addresses = (_address(scale), _address(keep_mask), strides, _address(above))
-        self.readout = {"logit_scale": logit_scale, "softcap": softcap or 0.0}
+        self.readout: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap or 0.0}
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
