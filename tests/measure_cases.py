@@ -191,7 +191,7 @@ class Expected:
     @cached_property
     def steepness(self) -> Tensor:
         options = self.case.options
-        heat = torch.as_tensor(options.get("temperature", 1.0)).double()
+        heat = torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64)
         return (float(options.get("logit_scale", 1.0)) / heat).expand(self.case.labels.shape)
 
     def check(self, actual: Found) -> None:

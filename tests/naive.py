@@ -66,7 +66,7 @@ def drawn(x: Tensor, options: dict[str, Any], at: tuple[int, ...]) -> Tensor:
     """What a sampler draws from in the row ``at``: the columns it keeps, at the temperature."""
     heat, mask, above = (options.get(n) for n in ("temperature", "keep_mask", "keep_above"))
     q = bend(x, options)
-    heat = torch.as_tensor(1.0 if heat is None else heat).double()
+    heat = torch.as_tensor(1.0 if heat is None else heat, dtype=torch.float64)
     z = q / (heat[at] if heat.ndim else heat)
     if mask is not None:
         z = torch.where(mask[at], z, -math.inf)
