@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -62,6 +63,9 @@ inline irl::Readout parse_readout(double logit_scale, double softcap) {
 
 // Adds Call and loss_and_grad to the module.
 void define_calls(pybind11::module_& module);
+
+// Adds row_measures and row_measures_grad to the module.
+void define_measures(pybind11::module_& module);
 
 // Adds xla_targets and xla_api to the module.
 void define_xla(pybind11::module_& module);

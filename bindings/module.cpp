@@ -125,6 +125,7 @@ PYBIND11_MODULE(_native, module) {
       [](Address parallel) { irl::use_openmp(reinterpret_cast<irl::GompParallel>(parallel)); },
       arg("parallel"));
   define_calls(module);
+  define_measures(module);
   define_xla(module);
   define_pool(module);
   module.def("isa", [] { return irl::find_isa("").name; });

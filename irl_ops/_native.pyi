@@ -141,6 +141,42 @@ def loss(
 ) -> tuple[float, float, float, float, float, float, float, float, float] | int:
     """Loss, nll, value, entropy, td, reward, accuracy, z, tokens; or a row with a bad label."""
 
+def row_measures(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    ids: int,
+    count: int,
+    out: Sequence[int],
+    view: tuple[int, int, Sequence[int], int],
+    threads: int,
+    isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None:
+    """Writes the eight arrays at ``out``, those of address 0 not."""
+
+def row_measures_grad(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    ids: int,
+    count: int,
+    row_max: int,
+    logsum: int,
+    slopes: Sequence[int],
+    dlogits: int,
+    dlogits_strides: Sequence[int],
+    view: tuple[int, int, Sequence[int], int],
+    threads: int,
+    isa: str = "",
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None: ...
 def token_stats(
     logits: int,
     dtype: str,

@@ -12,6 +12,7 @@ from collections.abc import Sequence as ListOf
 from typing import Any, get_args
 
 from irl_ops.algebra.options import Heads, Sequence, Weighting
+from irl_ops.measures import EXTRAS, Measures
 from irl_ops.options import Boundary, Reduction
 from irl_ops.readout import Readout
 
@@ -131,13 +132,65 @@ class Arguments:
             self._check_rows("next_values", given.next_values, labels, self.weights)
         return given
 
-    def readout(self, logits: Any, given: Readout) -> Readout:
-        """The options that say how logits become Q-values, as numbers."""
+    def readout(self, logits: Any, given: Readout, temperature: Any = 1.0) -> Readout:
+        """The options that say how logits become Q-values, as numbers; divided by a temperature."""
         scale, cap = given
-        return Readout(
+        read = Readout(
             self._positive("logit_scale", scale, logits),
             None if cap is None else self._positive("softcap", cap, logits, ", or None"),
         )
+        heat = self._positive("temperature", temperature, logits)
+        if heat == 1:
+            return read
+        read = read.over(heat)
+        self._positive("logit_scale / temperature", read.logit_scale, logits)
+        if read.softcap is not None:
+            self._positive("softcap / temperature", read.softcap, logits)
+        return read
+
+    def measures(self, logits: Any, labels: Any, given: Measures) -> tuple[Any, Measures]:
+        """A temperature of all rows, and what is asked for beside the plain statistics.
+
+        A 0-d temperature is a number where looking costs nothing, and elsewhere one of each row.
+        """
+        heat, by_row = given.temperature, None
+        if self.is_array(heat):
+            heat, by_row = self._temperatures(heat, logits, labels)
+        if by_row is None and given.keep_above is not None and heat != 1:
+            # thresholds are compared with what is not yet divided
+            heat, by_row = 1.0, self._positive("temperature", heat, logits)
+        self.check_switches(entropy_grad=given.entropy_grad)
+        if given.extra_ids is not None:
+            self._check_ids(given.extra_ids, labels)
+        if given.keep_mask is not None:
+            self._check_array("keep_mask", given.keep_mask, self.flags)
+            _check_shape("keep_mask", given.keep_mask, logits.shape, "the shape of logits")
+            self.check_place("keep_mask", given.keep_mask, labels)
+        if given.keep_above is not None:
+            self._check_rows("keep_above", given.keep_above, labels, self.weights)
+            self.check_constant("keep_above", given.keep_above)
+        return heat, given._replace(temperature=by_row, extras=_extras(given.extras))
+
+    def _temperatures(self, heat: Any, logits: Any, labels: Any) -> tuple[Any, Any]:
+        """The number of all rows and None, or 1 and the array."""
+        if heat.ndim == 0:
+            _, seen = self._scalar("temperature", heat, logits)
+            return (1.0, heat) if seen is None else (seen, None)
+        self._check_rows("temperature", heat, labels, self.weights, "(or a number)")
+        self.check_constant("temperature", heat)
+        for x in self.peek_list(heat.reshape(-1)) or ():
+            if not x > 0:
+                raise ValueError(f"temperature has the element {x}; accepted: numbers above 0")
+        return 1.0, heat
+
+    def _check_ids(self, ids: Any, labels: Any) -> None:
+        self._check_array("extra_ids", ids, self.integers)
+        if ids.ndim != labels.ndim + 1 or ids.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"extra_ids has shape {list(ids.shape)}; accepted: {[*labels.shape, 'K']}, the "
+                "shape of labels and the number of ids"
+            )
+        self.check_place("extra_ids", ids, labels)
 
     def number(
         self, name: str, x: Any, logits: Any, low: float, high: float, *, open_end: bool = False
@@ -262,6 +315,16 @@ def _tokens(ends: Any, vocab: int) -> tuple[int, ...]:
                 f"logits have {vocab} columns for"
             )
     return tuple(int(x) for x in listed)
+
+
+def _extras(given: Any) -> tuple[str, ...]:
+    """The names in ``extras``, each once and in one order."""
+    if isinstance(given, str) or not isinstance(given, ListOf):
+        raise TypeError(f"extras is {given!r}; accepted: a sequence of {', '.join(EXTRAS)}")
+    for name in given:
+        if name not in EXTRAS:
+            raise ValueError(f"extras has {name!r}; accepted: {', '.join(map(repr, EXTRAS))}")
+    return tuple(name for name in EXTRAS if name in given)
 
 
 def _check_choice(name: str, x: Any, choices: ListOf[str]) -> None:

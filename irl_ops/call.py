@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from irl_ops.algebra.options import Heads, Sequence, Terms, Weighting
 from irl_ops.arguments import Arguments
+from irl_ops.measures import Measures
 from irl_ops.options import DEFAULTS, refuse
 from irl_ops.readout import PLAIN, Readout
 
@@ -45,6 +46,7 @@ class StatsCall(NamedTuple):
     entropy: bool
     backend: str
     readout: Readout = PLAIN
+    measures: Measures = Measures(temperature=None)
 
 
 def read_loss(
@@ -84,7 +86,7 @@ def read_loss(
         z_loss=_unless_zero(number("z_loss", -math.inf, math.inf)),
     )
     take = functools.partial(_take, options)
-    readout = arguments.readout(logits, take(Readout))
+    readout = arguments.readout(logits, take(Readout), options.pop("temperature", 1.0))
     weighting = arguments.weighting(labels, take(Weighting), pair)
     sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
     heads = arguments.heads(labels, take(Heads) if terms.td is not None else Heads())
@@ -115,14 +117,15 @@ def read_stats(
     arguments.check_logits(logits, labels)
     gamma = _number(arguments, logits, options, "gamma", 0.0, 1.0)
     take = functools.partial(_take, options)
-    readout = arguments.readout(logits, take(Readout))
+    temperature, measures = arguments.measures(logits, labels, take(Measures))
+    readout = arguments.readout(logits, take(Readout), temperature)
     sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
     heads = arguments.heads(labels, take(Heads))
     entropy, backend = options.pop("entropy", True), options.pop("backend", "auto")
     if options:
         refuse(caller, list(options), group)
     arguments.check_switches(entropy=entropy)
-    return StatsCall(gamma, sequence, heads, entropy, backend, readout)
+    return StatsCall(gamma, sequence, heads, entropy, backend, readout, measures)
 
 
 def _number(

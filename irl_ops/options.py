@@ -17,6 +17,7 @@ from irl_ops.readout import Readout
 
 Boundary = Literal["terminal", "bootstrap", "drop"]
 Reduction = Literal["mean", "sum", "none"]
+Extra = Literal["log_sum_sq", "top1", "mean_logit"]
 Array = TypeVar("Array")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,6 +49,7 @@ class ReadoutOptions(TypedDict, Generic[Array], total=False):
 
     logit_scale: float | Array
     softcap: float | Array | None
+    temperature: float | Array
 
 
 class LikelihoodOptions(SequenceOptions[Array], ReadoutOptions[Array], total=False):
@@ -89,6 +91,11 @@ class StatsOptions(SequenceOptions[Array], HeadOptions[Array], ReadoutOptions[Ar
 
     gamma: float | Array
     entropy: bool
+    entropy_grad: bool
+    extra_ids: Array | None
+    keep_mask: Array | None
+    keep_above: Array | None
+    extras: ListOf[Extra]
     backend: str
 
 
@@ -142,10 +149,16 @@ DEFAULTS: dict[str, Any] = {
     "entropy_coef": 0.0,
     "z_loss": 0.0,
     **Readout._field_defaults,
+    "temperature": 1.0,
     **Sequence._field_defaults,
     **Weighting._field_defaults,
     **Heads._field_defaults,
     "entropy": True,
+    "entropy_grad": True,
+    "extra_ids": None,
+    "keep_mask": None,
+    "keep_above": None,
+    "extras": (),
     "return_metrics": False,
     "inplace": False,
     "vocab_group": None,

@@ -17,6 +17,11 @@ class Readout(NamedTuple):
     logit_scale: Any = 1.0
     softcap: Any = None
 
+    def over(self, temperature: float) -> Readout:
+        """That of q / temperature: both numbers divided, since c tanh(s x / c) / T is of c / T."""
+        cap = self.softcap
+        return Readout(self.logit_scale / temperature, None if cap is None else cap / temperature)
+
     @property
     def plain(self) -> bool:
         """Whether q = x."""

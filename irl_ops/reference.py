@@ -18,6 +18,8 @@ from irl_ops.algebra import Coefficients, Finished, Rows
 from irl_ops.arguments import Arguments
 from irl_ops.call import read_loss, read_stats
 from irl_ops.kernels import reference as kernels
+from irl_ops.kernels.reference.measures import row_measures
+from irl_ops.measures import EXTRAS, Measures
 from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, StatsOptions
 from irl_ops.readout import Readout
 
@@ -44,6 +46,10 @@ class TokenStats(NamedTuple):
     next_value: Float
     kind: NDArray[np.int8]
     correct: NDArray[np.bool_]
+    extra_logprob: Float | None = None  # [..., T, K]
+    log_sum_sq: Float | None = None
+    top1: NDArray[np.int64] | None = None
+    mean_logit: Float | None = None
 
 
 def iqlearn_loss(
@@ -97,9 +103,14 @@ def token_stats(logits: ArrayLike, labels: ArrayLike, **options: Any) -> TokenSt
     q, y = _float(logits), np.asarray(labels)
     call = read_stats("token_stats", StatsOptions, arguments, q, y, _arrays(options))
     rows = algebra.align(xp, y, q.shape[-1], call.sequence)
-    found = kernels.row_stats(q, rows.labels, call.entropy, **call.readout.keywords)
-    stats = algebra.statistics(xp, rows.labels, *found)
-    step = algebra.transition(xp, rows.kind, stats, call.gamma, _heads(call.heads))
+    more: dict[str, Any] = {}
+    with np.errstate(all="ignore"):  # what is infinite, or no number, is meant to be
+        if call.measures.plain:
+            found = kernels.row_stats(q, rows.labels, call.entropy, **call.readout.keywords)
+            stats = algebra.statistics(xp, rows.labels, *found)
+        else:
+            stats, more = _measured(call, q, rows)
+        step = algebra.transition(xp, rows.kind, stats, call.gamma, _heads(call.heads))
     return TokenStats(
         step.value,
         stats.logprob,
@@ -108,7 +119,31 @@ def token_stats(logits: ArrayLike, labels: ArrayLike, **options: Any) -> TokenSt
         step.next_value,
         rows.kind,
         stats.correct,
+        **more,
     )
+
+
+def _measured(call: Any, q: Float, rows: Rows) -> tuple[algebra.Statistics, dict[str, Any]]:
+    """The statistics, and the fields beyond them."""
+    asked: Measures = call.measures
+    heat = asked.temperature
+    ids = algebra.aligned_ids(
+        xp, rows.labels, asked.extra_ids, q.shape[-1], call.sequence.ignore_index
+    )
+    found = row_measures(
+        q,
+        ids,
+        asked.wanted(call.entropy),
+        row_scale=None if heat is None else np.broadcast_to(1 / _float(heat), rows.labels.shape),
+        keep_mask=asked.keep_mask,
+        keep_above=None if asked.keep_above is None else _float(asked.keep_above),
+        **call.readout.keywords,
+    )
+    stats, extra = algebra.measured(
+        xp, ids, found.row_max, found.logsum, found.picked, found.entropy
+    )
+    more = {name: getattr(found, name) for name in EXTRAS}
+    return stats, more | {"extra_logprob": None if asked.extra_ids is None else extra}
 
 
 class NumpyArguments(Arguments):
@@ -205,11 +240,13 @@ def _heads(heads: algebra.Heads) -> algebra.Heads:
 
 
 def _arrays(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that are arrays may come as lists."""
-    names = (
+    """Options that are arrays may come as lists; a temperature may be a number as well."""
+    names: tuple[str, ...] = (
         "where", "segment_ids", "position_ids", "cu_seqlens", "truncated", "token_weights",
-        "values", "next_values",
+        "values", "next_values", "extra_ids", "keep_mask", "keep_above",
     )  # fmt: skip
+    if isinstance(options.get("temperature"), list):
+        names += ("temperature",)
     return {
         name: np.asarray(option) if name in names and option is not None else option
         for name, option in options.items()

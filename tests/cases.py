@@ -139,6 +139,7 @@ def cases(
     if readout and rarely(draw, 3):
         options["logit_scale"] = number(draw, 1.0, 0.125, 2.5)
         options["softcap"] = draw(st.sampled_from([None, 30.0, 2.0, torch.tensor(2.0)]))
+        options["temperature"] = number(draw, 1.0, 1.0, 0.7, 2.0)
     if name != "mle_loss":
         options["lam"] = number(draw, 0.1, 1.5, zero=15)
         options["gamma"] = number(draw, 0.9, 1.0, 0.5, zero=15)
@@ -279,7 +280,7 @@ def tolerance(case: Case) -> Outcome:
                 error[row.label] += (a + g * m + u) * (1 + reach)
             error *= slopes[t]
             if options.get("softcap") is not None:  # 1 - tanh^2 is off by roundings of 1
-                error += 3 * part * abs(float(options.get("logit_scale", 1.0)))
+                error += 3 * part * scale_of(options)
             per_logit.append(EPS * error)
             per_value.append(EPS * (u + from_before))
             per_next.append(EPS * gamma * u)
@@ -295,15 +296,23 @@ def tolerance(case: Case) -> Outcome:
 
 def read_slope(x: Tensor, options: dict[str, Any]) -> Tensor:
     """dq/dx of ``naive.readout``, without its sign."""
-    scale, cap = abs(float(options.get("logit_scale", 1.0))), options.get("softcap")
+    scale, cap = scale_of(options), options.get("softcap")
     if cap is None:
         return torch.full_like(x, scale)
-    return scale * (1 - torch.tanh(scale * x / float(cap)) ** 2)
+    inner = float(options.get("logit_scale", 1.0)) * x / float(cap)
+    return scale * (1 - torch.tanh(inner) ** 2)
+
+
+def scale_of(options: dict[str, Any]) -> float:
+    """dq/dx without a soft cap."""
+    return float(options.get("logit_scale", 1.0)) / float(options.get("temperature", 1.0))
 
 
 def bent(options: dict[str, Any]) -> bool:
     """Whether logits are scaled or soft-capped."""
-    return options.get("softcap") is not None or bool(options.get("logit_scale", 1.0) != 1.0)
+    return options.get("softcap") is not None or any(
+        bool(options.get(name, 1.0) != 1.0) for name in ("logit_scale", "temperature")
+    )
 
 
 def slack(case: Case) -> float:
@@ -312,7 +321,7 @@ def slack(case: Case) -> float:
         return 1.0
     q = naive.readout(case.logits.double(), case.options)
     reach = q.nan_to_num(0, 0, 0).abs().max().item()
-    return float(case.options.get("logit_scale", 1.0)) * (1 + reach)
+    return scale_of(case.options) * (1 + reach)
 
 
 def undecided(case: Case) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class Row:
     entropy: Tensor
     logsum: Tensor  # V of the logits; ``value`` may be that of a value head
     correct: bool  # no logit is above the label's
+    q: Tensor  # [V], what is drawn from
     next_value: Tensor = field(default_factory=lambda: zero())
     reward: Tensor = field(default_factory=lambda: zero())
     m: float = 0.0
@@ -44,8 +46,8 @@ def entropy(q: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum()
 
 
-def readout(x: Tensor, options: dict[str, Any]) -> Tensor:
-    """The Q-values of logits that are scaled and soft-capped; -inf stays -inf."""
+def bend(x: Tensor, options: dict[str, Any]) -> Tensor:
+    """Logits that are scaled and soft-capped; -inf stays -inf."""
     scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
     q = x * float(scale)
     return (
@@ -53,6 +55,27 @@ def readout(x: Tensor, options: dict[str, Any]) -> Tensor:
         if cap is None
         else torch.where(x == -math.inf, x, float(cap) * torch.tanh(q / float(cap)))
     )
+
+
+def readout(x: Tensor, options: dict[str, Any]) -> Tensor:
+    """The Q-values of logits, at one temperature."""
+    return bend(x, options) / float(options.get("temperature", 1.0))
+
+
+def drawn(x: Tensor, options: dict[str, Any], at: tuple[int, ...]) -> Tensor:
+    """What a sampler draws from in the row ``at``: the columns it keeps, at the temperature."""
+    heat, mask, above = (options.get(n) for n in ("temperature", "keep_mask", "keep_above"))
+    q = bend(x, options)
+    heat = torch.as_tensor(1.0 if heat is None else heat, dtype=torch.float64)
+    z = q / (heat[at] if heat.ndim else heat)
+    if mask is not None:
+        z = torch.where(mask[at], z, -math.inf)
+    return z if above is None else torch.where(q < above.double()[at], -math.inf, z)
+
+
+def log_likelihood(q: Tensor, token: int) -> Tensor:
+    """Of a token that may not be kept, in a row of which nothing may be."""
+    return q[token] - logsumexp(q) if len(finite(q)) else q[token]
 
 
 def joins(t: int, packing: dict[str, Any], b: int, length: int) -> bool:
@@ -130,7 +153,11 @@ def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[lis
     length, vocab = labels.shape[-1], logits.shape[-1]
     # row by row, so that no gradient reaches a row that no term uses
     sequences = logits.reshape(-1, length, vocab)
-    q = [[readout(row, options) for row in sequence] for sequence in sequences]
+    places = list(np.ndindex(*labels.shape))
+    q = [
+        [drawn(row, options, places[b * length + t]) for t, row in enumerate(sequence)]
+        for b, sequence in enumerate(sequences)
+    ]
     given = (options.get("values"), options.get("next_values"))
     values, next_values = (None if x is None else x.double() for x in given)
     gamma = float(options.get("gamma", 1.0))
@@ -147,12 +174,12 @@ def rows_of(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> list[lis
                 flag(options.get("truncated"), labels, b, t),
                 options,
             )
-            logprob = zero() if label is None else q[b][t][label] - v
+            logprob = zero() if label is None else log_likelihood(q[b][t], label)
             if values is not None:
                 v = values.reshape(-1, length)[b, t]
-            correct = label is not None and bool(q[b][t][label] >= q[b][t].max())
+            correct = label is not None and bool(q[b][t][label] >= q[b][t].max() > -math.inf)
             h = entropy(q[b][t])
-            rows.append(Row(label, kind, has_next(b, t), v, logprob, h, own, correct))
+            rows.append(Row(label, kind, has_next(b, t), v, logprob, h, own, correct, q[b][t]))
         for t, row in enumerate(rows):
             if row.kind == BOOTSTRAP:
                 if next_values is not None:
@@ -237,8 +264,36 @@ def token_stats(logits: Tensor, labels: Tensor, **options: Any) -> dict[str, Ten
         name: torch.stack([getattr(r, name) for s in batch for r in s]).reshape(labels.shape)
         for name in names
     }
-    out["kind"] = torch.tensor([[r.kind for r in s] for s in batch]).reshape(labels.shape)
+    rows = [row for sequence in batch for row in sequence]
+    out["kind"] = torch.tensor([row.kind for row in rows]).reshape(labels.shape)
+    out["correct"] = torch.tensor([row.correct for row in rows]).reshape(labels.shape)
+    return out | measures(rows, labels, options)
+
+
+def measures(rows: list[Row], labels: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The outputs that are asked for beyond those."""
+    out = {}
+    extra = options.get("extra_ids")
+    if extra is not None:
+        each = [
+            torch.stack([log_likelihood(row.q, i) if 0 <= i < len(row.q) else zero() for i in ids])
+            if ids
+            else torch.zeros(0, dtype=torch.float64)
+            for row, ids in zip(rows, extra.reshape(len(rows), -1).tolist(), strict=True)
+        ]
+        out["extra_logprob"] = torch.stack(each).reshape(extra.shape)
+    of = {
+        "log_sum_sq": lambda q: logsumexp(2 * q) - 2 * logsumexp(q) if len(finite(q)) else q.sum(),
+        "top1": lambda q: torch.tensor(int(np.argmax(q.detach().numpy()))),
+        "mean_logit": lambda q: finite(q).mean() if len(finite(q)) else q.sum(),
+    }
+    for name in options.get("extras", ()):
+        out[name] = torch.stack([of[name](row.q) for row in rows]).reshape(labels.shape)
     return out
+
+
+def finite(q: Tensor) -> Tensor:
+    return q[q != -math.inf]
 
 
 def metrics(

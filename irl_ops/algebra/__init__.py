@@ -46,6 +46,7 @@ from irl_ops.algebra.finish import (
     statistics,
     transition,
 )
+from irl_ops.algebra.measures import aligned_ids, measure_slopes, measured
 from irl_ops.algebra.neighbours import NO_EDGE, Edge, following, preceding
 from irl_ops.algebra.options import Heads, Sequence, Terms, Weighting
 from irl_ops.algebra.rows import (
@@ -94,6 +95,7 @@ __all__ = [
     "Transition",
     "Weighting",
     "align",
+    "aligned_ids",
     "coefficients",
     "finish",
     "following",
@@ -103,6 +105,8 @@ __all__ = [
     "label_gradient",
     "labels_here",
     "loss_and_grad",
+    "measure_slopes",
+    "measured",
     "merge",
     "metrics",
     "no_columns",

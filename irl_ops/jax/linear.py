@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from irl_ops import algebra, terms
 from irl_ops.call import read_loss, read_stats
+from irl_ops.jax import linear_measures
 from irl_ops.jax.arguments import Array
 from irl_ops.jax.chunks import Layer
 from irl_ops.jax.forward import Loss
@@ -18,7 +19,7 @@ from irl_ops.jax.linear_arguments import arguments
 from irl_ops.jax.linear_loss import Form, linear_loss, statistics
 from irl_ops.jax.program import computed_in, heads_of, join, objective, part, rows_of
 from irl_ops.jax.scalar_loss import transition
-from irl_ops.jax.tokens import TokenStats
+from irl_ops.jax.tokens import TokenStats, fields
 from irl_ops.options import (
     LinearIQLearnOptions,
     LinearMLEOptions,
@@ -96,6 +97,7 @@ def linear_iqlearn_loss(
             which rounds the sum after every chunk and takes nothing. (PyTorch's tensor is refused.)
         logit_scale: factor of the logits, as in ``iqlearn_loss``.
         softcap: bound of the logits, or None, as in ``iqlearn_loss``.
+        temperature: divides q, as in ``iqlearn_loss``.
         drop_rows: None and True leave out chunks of which nobody needs a row, by a condition that
             the device decides; under ``vmap`` it chooses between two results, and leaves out
             nothing. False compiles no condition.
@@ -319,14 +321,6 @@ def _run(
 def _run_stats(form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any) -> TokenStats:
     call, dtype = join(static, traced), computed_in(layer.hidden)
     rows = rows_of(labels, layer.weight.shape[0], call.sequence)
-    stats = statistics(form, call.entropy, layer, rows)
-    step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
-    return TokenStats(
-        step.value,
-        stats.logprob,
-        stats.entropy,
-        step.reward,
-        step.next_value,
-        rows.kind,
-        stats.correct,
-    )
+    if call.measures.plain:
+        return fields(call, rows, statistics(form, call.entropy, layer, rows), {}, dtype)
+    return fields(call, rows, *linear_measures.statistics(form, call, layer, rows), dtype)

@@ -67,7 +67,7 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
         return run
 
     dhidden, sums = dispatch(form.backend, by, layer, *vectors)
-    return _layer(dhidden, sums, 1.0), None
+    return gradient_of(dhidden, sums, 1.0), None
 
 
 row_stats.defvjp(_stats_forward, _stats_backward)
@@ -138,7 +138,7 @@ def _forward(
 
 def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple[Any, ...]:
     factor = above[0] * kept.unit
-    dlayer = _layer(kept.dhidden, kept.sums, factor)
+    dlayer = gradient_of(kept.dhidden, kept.sums, factor)
     heads = tuple(None if x is None else factor * x for x in kept.heads)
     return dlayer, heads, None, None
 
@@ -146,7 +146,8 @@ def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple
 linear_loss.defvjp(_forward, _backward)
 
 
-def _layer(dhidden: jax.Array, sums: Sums, factor: Any) -> Layer:
+def gradient_of(dhidden: jax.Array, sums: Sums, factor: Any) -> Layer:
+    """The gradient by the layer, times the factor, in its dtypes."""
     hidden, weight, bias = (
         None if x is None else (factor * x).astype(dhidden.dtype) for x in (dhidden, *sums)
     )

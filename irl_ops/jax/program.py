@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from irl_ops import algebra
-from irl_ops.jax.backends import check_backend
+from irl_ops.jax.backends import BACKENDS, check_backend
 from irl_ops.jax.rows import constant
+from irl_ops.measures import Measures
 
 STATIC = {
     "ignore_index", "shift", "eos_token_id", "boundary", "reduction", "detach_next",
-    "entropy", "metrics", "inplace", "backend", "readout",
+    "entropy", "metrics", "inplace", "backend", "readout", "entropy_grad", "extras",
 }  # fmt: skip
 """The options that a program is made for; all others are arrays, or numbers that it takes."""
 
-RECORDS = (algebra.Sequence, algebra.Weighting, algebra.Terms, algebra.Heads)
+RECORDS = (algebra.Sequence, algebra.Weighting, algebra.Terms, algebra.Heads, Measures)
 
 
 def part(call: Any, logits: Any) -> tuple[Any, Any]:
@@ -25,7 +26,11 @@ def part(call: Any, logits: Any) -> tuple[Any, Any]:
 
     None stands for the fields that are in the other half, and for options that are absent.
     """
-    call = call._replace(backend=serving(call.backend, logits))
+    backend = serving(call.backend, logits)
+    measures = getattr(call, "measures", None)
+    if measures is not None and not measures.plain:
+        refuse_measures(backend)
+    call = call._replace(backend=backend)
     return _half(call, True), _half(call, False)
 
 
@@ -58,6 +63,15 @@ def serving(backend: str, logits: Any) -> str:
             f"backend {name!r} cannot serve float64 logits; accepted: 'reference', 'auto'"
         )
     return "reference"
+
+
+def refuse_measures(backend: str) -> None:
+    """Raises where a backend that was named has plain row kernels alone."""
+    if backend != "auto" and not hasattr(BACKENDS[backend], "row_measures"):
+        raise ValueError(
+            f"backend {backend!r} has no kernels for a temperature by row, extra_ids, keep_mask, "
+            "keep_above and extras; accepted: 'auto', 'reference'"
+        )
 
 
 def computed_in(logits: Any) -> Any:

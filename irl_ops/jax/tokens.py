@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from irl_ops.call import read_stats
+from irl_ops import algebra
+from irl_ops.call import StatsCall, read_stats
+from irl_ops.jax import measures
 from irl_ops.jax.arguments import Array, arguments
 from irl_ops.jax.program import computed_in, heads_of, join, part, rows_of
 from irl_ops.jax.scalar_loss import statistics, transition
@@ -28,6 +30,11 @@ class TokenStats(NamedTuple):
         next_value: V'_t; 0 unless the row bootstraps.
         kind: int8, one of IGNORED, TERMINAL, BOOTSTRAP, NO_TD of ``irl_ops.algebra``.
         correct: bool, whether no logit is larger than the label's; False in IGNORED rows.
+        extra_logprob: log pi of ``extra_ids``, ``[..., T, K]``, for every row; 0 where the id is
+            ``ignore_index``. None, as all that follow, where it is not asked for.
+        log_sum_sq: log sum_j p_j^2, within [-log V, 0]: minus the Renyi entropy of order 2.
+        top1: integers, the first column with the largest logit; not differentiable.
+        mean_logit: the mean of the kept q_j that are above -inf, divided by the temperature.
     """
 
     value: jax.Array
@@ -37,6 +44,10 @@ class TokenStats(NamedTuple):
     next_value: jax.Array
     kind: jax.Array
     correct: jax.Array
+    extra_logprob: jax.Array | None = None
+    log_sum_sq: jax.Array | None = None
+    top1: jax.Array | None = None
+    mean_logit: jax.Array | None = None
 
 
 @signature(StatsOptions)
@@ -44,6 +55,9 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
     r"""Value, log-likelihood, entropy and extracted reward of every row (Sec. 3.4).
 
     .. math:: r_t = q_t[a_t] - \gamma V'_t
+
+    With a temperature tau and a set K of columns that are kept, q stands for what a sampler draws
+    from, everywhere in the result: q_j / tau for j in K, and -inf for all others.
 
     One read of the logits; one more and one write where a gradient is asked for, whatever is
     computed from the outputs. At gamma = 1 the rewards of an episode that ends in a terminal row
@@ -55,6 +69,9 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
         gamma: discount in [0, 1]; a number or a 0-d array.
         logit_scale: factor of the logits; statistics are those of q.
         softcap: bound of the logits, or None.
+        temperature: number above 0, 0-d array, or float ``[..., T]``: one for each row, without a
+            gradient. It divides q, after the soft cap. Rows whose temperature is 0 or less are
+            NaN where it cannot be seen beforehand.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``.
         shift: logits[t] scores labels[t + 1].
@@ -68,6 +85,18 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
         next_values: ``[..., T]``.
         values: ``[..., T]``.
         entropy: whether the entropy is computed.
+        entropy_grad: whether the entropy is differentiable; False for one that is only reported.
+        extra_ids: integers ``[..., T, K]``, more tokens of the row's distribution, whose
+            log-likelihoods are ``extra_logprob``. They belong to the rows of the logits: ``shift``
+            does not move them. An id that is there twice adds its gradients up; ``ignore_index``
+            stands for none; others outside [0, V) are refused as such labels are.
+        keep_mask: bool ``[..., T, V]``, False for columns that count as -inf.
+        keep_above: float ``[..., T]``, without a gradient: columns of q < keep_above count as -inf,
+            q being the float32 value after ``logit_scale`` and ``softcap`` and before
+            ``temperature``. A column is kept where both options keep it. A label that is not kept
+            has the log-likelihood -inf; a row of which nothing is kept has the value -inf, the
+            entropy 0, and gradient 0.
+        extras: names among "log_sum_sq", "top1" and "mean_logit", fields of the result.
         backend: a name of ``available_backends()``, or "auto".
 
     Returns:
@@ -92,14 +121,31 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
 def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> TokenStats:
     call, dtype = join(static, traced), computed_in(logits)
     rows = rows_of(labels, logits.shape[-1], call.sequence)
-    stats = statistics(logits, rows, call.entropy, call.backend, call.readout)
+    if call.measures.plain:
+        stats = statistics(logits, rows, call.entropy, call.backend, call.readout)
+        return fields(call, rows, stats, {}, dtype)
+    return fields(call, rows, *measures.statistics(call, logits, rows), dtype)
+
+
+def fields(
+    call: StatsCall,
+    rows: algebra.Rows,
+    stats: algebra.Statistics,
+    more: dict[str, jax.Array | None],
+    dtype: Any,
+) -> TokenStats:
+    """The result, from the statistics of the rows."""
     step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
+    entropy = stats.entropy
+    if entropy is not None and not call.measures.entropy_grad:
+        entropy = jax.lax.stop_gradient(entropy)
     return TokenStats(
         step.value,
         stats.logprob,
-        stats.entropy,
+        entropy,
         step.reward,
         step.next_value,
         rows.kind,
         stats.correct,
+        **more,
     )

@@ -3,7 +3,7 @@
 A backend is a module with ``row_stats``, ``row_grad``, ``row_stats_grad``, ``label_logit``,
 ``set_label_`` and ``scale_`` on torch tensors, and ``unavailable(device)``: None, or why it cannot
 serve that device. All but ``scale_`` take ``logit_scale`` and ``softcap``, as
-``irl_ops.kernels.reference`` does.
+``irl_ops.kernels.reference`` does. ``row_measures`` and ``row_measures_grad`` may be missing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *([accelerator] if accelerator else [])]
 
 
-def choose(name: str, logits: Tensor) -> str:
+def choose(name: str, logits: Tensor, measures: bool = False) -> str:
     """The backend for ``logits``; "auto" is the fastest that serves their device and dtype.
+
+    ``measures``: whether it has to have ``row_measures``, which not all have.
 
     The environment variable IRL_OPS_BACKEND, where set and not empty, replaces "auto".
 
@@ -56,11 +58,11 @@ def choose(name: str, logits: Tensor) -> str:
         # Triton on a CPU is its interpreter, which is asked for by name
         on_cpu = logits.device.type == "cpu"
         names = (n for n in BACKENDS if not (n == "triton" and on_cpu))
-        return next(n for n in names if reason_against(n, logits) is None)
+        return next(n for n in names if reason_against(n, logits, measures) is None)
     if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
         raise ValueError(f"{option} is {name!r}; accepted: {accepted}")
-    reason = reason_against(name, logits)
+    reason = reason_against(name, logits, measures)
     if reason is not None:
         raise ValueError(
             f"{option} {name!r} cannot serve {logits.dtype} logits on {logits.device.type}: "
@@ -69,9 +71,14 @@ def choose(name: str, logits: Tensor) -> str:
     return name
 
 
-def reason_against(name: str, logits: Tensor) -> str | None:
+def reason_against(name: str, logits: Tensor, measures: bool = False) -> str | None:
     """Why a backend cannot serve these logits, or None."""
     reason: str | None = BACKENDS[name].unavailable(logits.device)
     if reason is None and logits.dtype == torch.float64 and name != "reference":
         return "its arithmetic is float32; float64 is computed by 'reference' alone"
+    if reason is None and measures and not hasattr(BACKENDS[name], "row_measures"):
+        return (
+            "it has no kernels for a temperature by row, extra_ids, keep_mask, keep_above and "
+            "extras; accepted: backend='auto' or 'reference'"
+        )
     return reason

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from irl_ops.algebra import NO_LABEL, Coefficients, Finished
 from irl_ops.kernels import reference
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.readout import Readout
 from irl_ops.torch.linear_arguments import Layer
 
@@ -99,6 +100,29 @@ class Linear:
         for rows, logits in self.chunks():
             part = (x[rows] for x in vectors)
             self.kernels.row_grad(logits, labels[rows], *part, logits, **self.readout)
+            self.back(rows, logits)
+
+    def row_measures(self, ids: Tensor, wanted: tuple[str, ...], view: Any) -> RowMeasures:
+        """The measures of all rows, of which there is one or more; no gradient."""
+        found = [
+            self.kernels.row_measures(
+                logits, ids[rows], wanted, **view.part(rows)._asdict(), **self.readout
+            )
+            for rows, logits in self.chunks()
+        ]
+        measures: RowMeasures = joined(found[::-1])
+        return measures
+
+    def row_measures_grad(
+        self, ids: Tensor, row_max: Tensor, logsum: Tensor, slopes: Slopes, view: Any
+    ) -> None:
+        """The gradients of what has these slopes by the measures."""
+        for rows, logits in self.chunks():
+            part = Slopes(*(None if x is None else x[rows] for x in slopes))
+            self.kernels.row_measures_grad(
+                logits, ids[rows], row_max[rows], logsum[rows], part, logits,
+                **view.part(rows)._asdict(), **self.readout,
+            )  # fmt: skip
             self.back(rows, logits)
 
     def windows(self) -> Iterator[slice]:

@@ -97,6 +97,7 @@ def linear_iqlearn_loss(
             a gradient.
         logit_scale: factor of the logits, as in ``iqlearn_loss``.
         softcap: bound of the logits, or None, as in ``iqlearn_loss``.
+        temperature: divides q, as in ``iqlearn_loss``.
         drop_rows: whether rows that have no label and that no row bootstraps from (prompts,
             padding) are left out of the products, with or without gradients. Their number has to be
             known for that: on a GPU the host waits for it once a pass. None does so on a CPU alone;
@@ -267,7 +268,8 @@ def linear_token_stats(
         "linear_token_stats", LinearStatsOptions, arguments, _Logits(layer), labels, given
     )
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
-    return linear_ops.token_stats(call, layer, labels, choose(call.backend, layer.hidden))
+    backend = choose(call.backend, layer.hidden, not call.measures.plain)
+    return linear_ops.token_stats(call, layer, labels, backend)
 
 
 def _loss(

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from irl_ops import algebra
 from irl_ops.call import Call, StatsCall
-from irl_ops.torch import ops, traced
+from irl_ops.torch import linear_measures, ops, traced
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.chunks import Linear
 from irl_ops.torch.linear_arguments import Layer
 from irl_ops.torch.needed import Selection, needed
 from irl_ops.torch.refusals import refuse_second_derivative
 from irl_ops.torch.stepwise import in_dtype
-from irl_ops.torch.tokens import TokenStats
+from irl_ops.torch.tokens import TokenStats, fields
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
@@ -49,17 +49,9 @@ def loss(call: Call, layer: Layer, labels: Tensor, drop: bool, backend: str) -> 
 def token_stats(call: StatsCall, layer: Layer, labels: Tensor, backend: str) -> TokenStats:
     """The fields of ``token_stats``, differentiable."""
     rows = ops.align(labels, layer.weight.shape[0], call.sequence)
-    stats = statistics(layer, rows, call.entropy, backend)
-    step = traced.transition(rows, stats, call.gamma, call.heads)
-    return TokenStats(
-        step.value,
-        stats.logprob,
-        stats.entropy,
-        step.reward,
-        step.next_value,
-        rows.kind,
-        stats.correct,
-    )
+    if call.measures.plain:
+        return fields(call, rows, statistics(layer, rows, call.entropy, backend), {})
+    return fields(call, rows, *linear_measures.statistics(call, layer, rows, backend))
 
 
 def statistics(

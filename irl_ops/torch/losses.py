@@ -81,6 +81,8 @@ def iqlearn_loss(
         softcap: bound c of the logits, above 0, or None; a number or a 0-d tensor, likewise. Then
             q = c tanh(s x / c), where x are the given logits, and the gradient is that of x; an x
             of -inf stays -inf. Not for logits that a model has capped already.
+        temperature: number above 0 that divides q, after the soft cap: the inverse of
+            ``logit_scale`` where there is none. A number or a 0-d tensor, likewise.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``; False says as well that the row carries no label. Applied after
             the shift.
@@ -268,6 +270,7 @@ def online_iqlearn_loss(
         z_loss: weight of V_t^2, on expert rows.
         logit_scale: see ``iqlearn_loss``, as for all that follow.
         softcap: bound of the logits.
+        temperature: number above 0 that divides q.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``.
         shift: logits[t] scores labels[t + 1].

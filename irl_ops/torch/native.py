@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 
 
 def _torch_openmp() -> int:
@@ -170,6 +173,83 @@ def set_label_(
         logit_scale=logit_scale,
         softcap=softcap or 0.0,
     )
+
+
+def row_measures(
+    logits: Tensor, ids: Tensor, wanted: tuple[str, ...] = (), **view: Any
+) -> RowMeasures:
+    """See ``irl_ops.kernels.reference.measures``."""
+    ids = ids.contiguous()
+    mean = _row_vector(logits) if "mean_logit" in wanted else None
+    out = RowMeasures(
+        _row_vector(logits),
+        _row_vector(logits),
+        logits.new_empty(ids.shape, dtype=torch.float32),
+        _row_vector(logits) if "entropy" in wanted else None,
+        _row_vector(logits) if "log_sum_sq" in wanted else None,
+        logits.new_empty(logits.shape[:-1], dtype=torch.int64) if "top1" in wanted else None,
+        mean,
+        None if mean is None else torch.empty_like(mean),
+    )
+    seen = View(**view)
+    _native.row_measures(
+        *_rows(logits),
+        _address(ids),
+        ids.shape[-1],
+        tuple(map(_address, out)),
+        seen.addresses,
+        torch.get_num_threads(),
+        **seen.readout,
+    )
+    return out
+
+
+def row_measures_grad(
+    logits: Tensor,
+    ids: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    slopes: Slopes,
+    dlogits: Tensor,
+    **view: Any,
+) -> None:
+    """Writes the gradient into ``dlogits``, which may be logits."""
+    ids, row_max, logsum = ids.contiguous(), row_max.contiguous(), logsum.contiguous()
+    given = [None if x is None else x.contiguous() for x in slopes]
+    seen = View(**view)
+    _native.row_measures_grad(
+        *_rows(logits),
+        _address(ids),
+        ids.shape[-1],
+        _address(row_max),
+        _address(logsum),
+        tuple(map(_address, given)),
+        _address(dlogits),
+        dlogits.stride()[:-1],
+        seen.addresses,
+        torch.get_num_threads(),
+        **seen.readout,
+    )
+
+
+class View:
+    """What each row has of its own when it is read, as the C++ code takes it; and the readout."""
+
+    def __init__(
+        self,
+        row_scale: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        keep_above: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        scale, above = (None if x is None else x.contiguous() for x in (row_scale, keep_above))
+        if keep_mask is not None and keep_mask.stride(-1) != 1:
+            keep_mask = keep_mask.contiguous()
+        self.kept = (scale, keep_mask, above)  # lives through the call
+        strides = () if keep_mask is None else keep_mask.stride()[:-1]
+        self.addresses = (_address(scale), _address(keep_mask), strides, _address(above))
+        self.readout: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap or 0.0}
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:

@@ -47,7 +47,10 @@ class Differentiable(torch.autograd.Function):
         )
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(kind, correct)
+        constant: tuple[Tensor | None, ...] = (kind, correct)
+        if outputs[2] is not None and not call.measures.entropy_grad:
+            constant += (outputs[2],)
+        ctx.mark_non_differentiable(*constant)
         return outputs
 
     @staticmethod

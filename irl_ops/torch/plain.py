@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from irl_ops.kernels import reference
+from irl_ops.kernels.reference import measures
+from irl_ops.kernels.reference.measures import Slopes
 
 row_stats = reference.row_stats
 label_logit = reference.label_logit
+row_measures = measures.row_measures
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -45,6 +48,19 @@ def row_stats_grad(
     *stats, gradient = reference.row_stats_grad(logits, alpha, beta, entropy_weight, **readout)
     dlogits.copy_(gradient)
     return tuple(stats)
+
+
+def row_measures_grad(
+    logits: Tensor,
+    ids: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    slopes: Slopes,
+    dlogits: Tensor,
+    **view: Any,
+) -> None:
+    """Writes the gradient into ``dlogits``, which may be logits."""
+    dlogits.copy_(measures.row_measures_grad(logits, ids, row_max, logsum, slopes, **view))
 
 
 def set_label_(

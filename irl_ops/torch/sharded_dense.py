@@ -9,6 +9,7 @@ from torch import Tensor
 
 from irl_ops.algebra import RowStatistics
 from irl_ops.call import read_loss, read_parallel, read_stats
+from irl_ops.measures import refuse_over_groups
 from irl_ops.torch import dtensor, sharded
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
@@ -82,6 +83,7 @@ def stats_of_shards(
     """The fields of ``TokenStats`` for the rows that are here."""
     given = _read(logits, labels, options)
     logits, labels = given.logits, given.labels
+    refuse_over_groups(caller, options)
     call = read_stats(caller, group, given.arguments, given.whole, labels, options)
     backend = choose(call.backend, logits)
     part = sharded.part_of(

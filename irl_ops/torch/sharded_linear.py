@@ -16,6 +16,7 @@ from torch import Tensor
 
 from irl_ops.algebra import RowStatistics, no_columns
 from irl_ops.call import read_loss, read_parallel, read_stats
+from irl_ops.measures import refuse_over_groups
 from irl_ops.torch import linear_ops, ops, sharded
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss
@@ -74,6 +75,7 @@ def stats_of_shards(
     """As ``irl_ops.torch.sharded_dense.stats_of_shards``."""
     everything = dict(options)
     layer, shards, local, whole = _read(hidden, weight, labels, options)
+    refuse_over_groups(caller, options)
     call = read_stats(caller, group, local, whole, labels, options)
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     backend = choose(call.backend, layer.hidden)

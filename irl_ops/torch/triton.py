@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.kernels.triton import dispatch
 
 DEVICES = ("cuda", "xpu")  # to torch, AMD's GPUs are cuda as well
@@ -113,6 +114,89 @@ def set_label_(
     given = (labels.contiguous(), elements.contiguous(), label_logit)
     with current(dlogits.device):
         launch_set_label(dlogits, *given, **readout)
+
+
+def row_measures(
+    logits: Tensor, ids: Tensor, wanted: tuple[str, ...] = (), **view: Any
+) -> RowMeasures:
+    """See ``irl_ops.kernels.reference.measures``."""
+    seen, rows = View(**view), functools.partial(_row_vector, logits)
+    mean = "mean_logit" in wanted
+    found = RowMeasures(
+        rows(),
+        rows(),
+        ids.new_empty(ids.shape, dtype=torch.float32),
+        rows() if "entropy" in wanted else None,
+        rows() if "log_sum_sq" in wanted else None,
+        rows().long() if "top1" in wanted else None,
+        rows() if mean else None,
+        rows() if mean else None,
+    )
+    tiles = dispatch.row_stats(logits.shape[-1], _family(logits.device))
+    with current(logits.device):
+        for q, *others in planes((logits, *seen.mask), ids.contiguous(), *seen.vectors, *found):
+            mask, (y, scale, above, *out) = seen.split(others)
+            _kernel("measures", "row_measures")[(_rows(q),)](
+                q, y, scale, mask, above, *_sizes(q), *_strides(q), *_mask_strides(mask),
+                ids.shape[-1], *out,
+                EDGES=_edges(q), ENTROPY=found.entropy is not None,
+                SQUARES=found.log_sum_sq is not None, TOP=found.top1 is not None, MEAN=mean,
+                **seen.flags, **tiles.launch, enable_fp_fusion=True,
+            )  # fmt: skip
+    return found
+
+
+def row_measures_grad(
+    logits: Tensor,
+    ids: Tensor,
+    row_max: Tensor,
+    logsum: Tensor,
+    slopes: Slopes,
+    dlogits: Tensor,
+    **view: Any,
+) -> None:
+    """Writes the gradient into ``dlogits``, which may be logits."""
+    seen = View(**view)
+    given = (None if x is None else x.contiguous() for x in (ids, row_max, logsum, *slopes))
+    block = dispatch.row_grad(_family(logits.device))
+    with current(logits.device):
+        for q, d, *others in planes((logits, dlogits, *seen.mask), *given, *seen.vectors):
+            mask, vectors = seen.split(others)
+            *coefficients, scale, above = vectors
+            _kernel("measures", "row_measures_grad")[(_rows(q), block.programs(q.shape[-1]))](
+                q, *coefficients, scale, mask, above, *_sizes(q), *_strides(q),
+                *_mask_strides(mask), *_strides(d), ids.shape[-1], d,
+                EDGES=_edges(q, d), MATCHED=_matched(q, d),
+                B=slopes.b is not None, D=slopes.d is not None, E=slopes.e is not None,
+                **seen.flags, **block.launch, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+class View:
+    """What each row has of its own when it is read, as launches take it; and the readout."""
+
+    def __init__(
+        self,
+        row_scale: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        keep_above: Tensor | None = None,
+        **readout: Any,
+    ) -> None:
+        self.mask: tuple[Tensor, ...] = ()
+        if keep_mask is not None:
+            kept = keep_mask if keep_mask.stride(-1) == 1 else keep_mask.contiguous()
+            self.mask = (kept.view(torch.uint8),)
+        self.vectors = [None if x is None else x.contiguous() for x in (row_scale, keep_above)]
+        self.flags = {
+            "MASK": keep_mask is not None,
+            "ABOVE": keep_above is not None,
+            "SCALED": row_scale is not None,
+            **constants(**readout),
+        }
+
+    def split(self, others: list[Any]) -> tuple[Tensor | None, list[Any]]:
+        """The mask, if there is one, and what comes behind it."""
+        return (others[0], others[1:]) if self.mask else (None, others)
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
@@ -223,7 +307,8 @@ def planes(matrices: tuple[Tensor, ...], *vectors: Tensor | None) -> Iterator[tu
     if folded is not None:
         yield (*folded, *vectors)
         return
-    flat = [None if x is None else x.view(-1) for x in vectors]
+    count = math.prod(matrices[0].shape[:-1])
+    flat = [None if x is None else x.view(count, x.numel() // max(count, 1)) for x in vectors]
     rows = math.prod(matrices[0].shape[1:-1])
     for index in range(matrices[0].shape[0]):
         begin = index * rows
@@ -254,6 +339,10 @@ def _sizes(logits: Tensor) -> tuple[int, int]:
 
 def _strides(logits: Tensor) -> tuple[int, int]:
     return logits.stride(0), logits.stride(1)
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else _strides(mask)
 
 
 def _edges(*tensors: Tensor) -> bool:

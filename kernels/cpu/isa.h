@@ -1,4 +1,4 @@
-// The four loops over one row, and the instruction sets they are compiled for.
+// The loops over one row, and the instruction sets they are compiled for.
 //
 // These are the only functions compiled for more than the oldest CPU. They know rows and numbers;
 // labels, coefficients, strides and threads belong to rows.cpp.
@@ -25,6 +25,13 @@ struct RowSums {
   double sum;
   double weighted;
   std::int64_t segments;
+};
+
+// The first j with q_j = max, 0 if there is none; and the q_j above -inf, NaN among them.
+struct Survey {
+  std::int64_t top;
+  double total;
+  std::int64_t kept;
 };
 
 inline constexpr std::int64_t kBlock = 2048;  // elements summed in float32, then in double
@@ -58,6 +65,22 @@ struct RowLoops {
   // The same from x alone, any a and b: reads x once, writes y once.
   void (*write)(const void* x, void* y, std::int64_t vocab, float max, float log_sum, float a,
                 float b, Stores stores, const Readout& readout);
+
+  // y_j = (p_j (a + b log p_j + d p_j) + e) dq_j/dx_j, 0 where x_j = -inf; as write.
+  void (*write_further)(const void* x, void* y, std::int64_t vocab, float max, float log_sum,
+                        float a, float b, float d, float e, Stores stores, const Readout& readout);
+
+  // y_j = -inf where keep_j is 0 or q_j < above, else x_j. `keep` may be null, `above` -inf.
+  // Reads x and keep once, writes y once.
+  void (*filter)(const void* x, void* y, std::int64_t vocab, const std::uint8_t* keep, float above,
+                 const Readout& readout);
+
+  // Reads x once, which scan has brought into the cache.
+  Survey (*survey)(const void* x, std::int64_t vocab, float max, const Readout& readout);
+
+  // sum_j exp(q_j - max)^2 from the scratch of scan.
+  double (*squares)(std::int64_t vocab, const float* exps, const Segment* segments,
+                    const RowSums& sums);
 
   // y_j = 0: writes y once.
   void (*clear)(void* y, std::int64_t vocab, Stores stores);

@@ -1,4 +1,4 @@
-// The four loops over one row (isa.h), compiled once for every instruction set. The file that
+// The loops over one row (isa.h), compiled once for every instruction set. The file that
 // includes this one names IRL_ISA (the namespace), IRL_SUPPORTED and IRL_LANES. No function of the
 // standard library is instantiated here.
 //
@@ -95,6 +95,7 @@ IRL_INLINE void prefetch_four(const T* p) {
 
 #include "fill.h"
 #include "scan.h"
+#include "survey.h"
 
 // The entries of the table.
 
@@ -187,8 +188,9 @@ void scale_row(void* y, std::int64_t vocab, float factor) {
 }
 
 template <class T>
-constexpr RowLoops kLoops = {read_one, scan_row<T>, write_scanned<T>,
-                             write<T>, clear<T>,    scale_row<T>};
+constexpr RowLoops kLoops = {read_one,         scan_row<T>,   write_scanned<T>, write<T>,
+                             write_further<T>, filter_row<T>, survey_row<T>,    squares_of,
+                             clear<T>,         scale_row<T>};
 
 bool supported() { return IRL_SUPPORTED; }
 

@@ -13,6 +13,7 @@ mass to what is masked, and has the slope 0. Both are plain numbers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from array_api_compat import array_namespace, device
@@ -40,12 +41,12 @@ def row_stats(
         softcap: a number above 0, or None.
     """
     q = capped(logits, logit_scale, softcap)
-    row_max, logsum = _normaliser(q)
+    row_max, logsum = normaliser(q)
     return (
         row_max,
         logsum,
         label_logit(logits, labels, logit_scale=logit_scale, softcap=softcap),
-        _entropy(q, row_max, logsum) if entropy else None,
+        entropy_of(q, row_max, logsum) if entropy else None,
     )
 
 
@@ -90,7 +91,7 @@ def row_stats_grad(
     unread = alpha == -xp.inf
     q = xp.where(unread[..., None], 0.0, capped(logits, logit_scale, softcap))
     alpha, beta = xp.where(unread, 0.0, alpha), xp.where(unread, 0.0, beta)
-    row_max, logsum = _normaliser(q)
+    row_max, logsum = normaliser(q)
     a, b, entropy = (
         alpha + xp.where(beta != 0, beta * (row_max + logsum), 0.0),
         xp.zeros_like(alpha),
@@ -98,7 +99,7 @@ def row_stats_grad(
     )
     if entropy_weight is not None:
         b = xp.where(unread, 0.0, entropy_weight)
-        entropy = xp.where(unread, 0.0, _entropy(q, row_max, logsum))
+        entropy = xp.where(unread, 0.0, entropy_of(q, row_max, logsum))
         a = a + xp.where(b != 0, b * entropy, 0.0)
     terms = through_cap(_softmax_terms(q, row_max, logsum, a, b), q, logit_scale, softcap)
     return row_max, xp.where(unread, 0.0, logsum), entropy, xp.astype(terms, logits.dtype)
@@ -173,7 +174,7 @@ def _is_label(logits: Array, labels: Array) -> Array:
     return column == labels[..., None]
 
 
-def _normaliser(q: Array) -> tuple[Array, Array]:
+def normaliser(q: Array) -> tuple[Array, Array]:
     """``row_max`` and ``log sum_j exp(q_j - row_max)``.
 
     The terms of the maximum itself are 1 and are counted, not summed, so that a confident row keeps
@@ -190,13 +191,15 @@ def _normaliser(q: Array) -> tuple[Array, Array]:
     return row_max, xp.log1p(rest + (ties - 1.0))
 
 
-def _entropy(q: Array, row_max: Array, logsum: Array) -> Array:
+def entropy_of(q: Array, row_max: Array, logsum: Array) -> Array:
+    """``logsum - sum_j p_j (q_j - row_max)``, held within [0, log V], which rounding may leave."""
     xp = array_namespace(q)
     centred = q - row_max[..., None]
     p = xp.exp(centred - logsum[..., None])
     # q_j = -inf has p_j = 0 and contributes nothing; neither does a row without mass
     terms = xp.where(q == -xp.inf, 0.0, p * centred)
-    return xp.where(logsum == -xp.inf, 0.0, logsum - xp.sum(terms, axis=-1))
+    entropy = xp.clip(logsum - xp.sum(terms, axis=-1), 0.0, math.log(q.shape[-1]))
+    return xp.where(logsum == -xp.inf, 0.0, entropy)
 
 
 def _softmax_terms(q: Array, row_max: Array, logsum: Array, a: Array, b: Array) -> Array:

@@ -70,7 +70,7 @@ def test_metrics(case: Case) -> None:
 @settings(max_examples=100)
 def test_token_stats(case: Case) -> None:
     kept = "ignore_index shift where segment_ids position_ids cu_seqlens eos_token_id boundary"
-    kept += " truncated gamma values next_values logit_scale softcap"
+    kept += " truncated gamma values next_values logit_scale softcap temperature"
     case.options = {k: v for k, v in case.options.items() if k in kept.split()}
     options = {name: array(option) for name, option in case.options.items()}
     stats = reference.token_stats(array(case.logits), array(case.labels), **options)

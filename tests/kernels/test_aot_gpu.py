@@ -42,6 +42,12 @@ def test_kernels_meet_what_they_promise(target: str) -> None:
     assert "two_pass" in done.stdout and "resident" in done.stdout
 
 
+def test_row_measures_compile() -> None:
+    """With all that can be asked for, and with nothing; the interpreter accepts more."""
+    done = python(Path(__file__).with_name("measures_aot.py"), "sm_90")
+    assert done.returncode == 0, done.stderr
+
+
 ENTRY = "aot_gpu.dispatch.RESIDENT['nvidia'] = (aot_gpu.dispatch.Fits({}),)"
 OTHER = "compiled = aot_gpu.compiled\naot_gpu.compiled = lambda j, *a: compiled(j._replace({}), *a)"
 

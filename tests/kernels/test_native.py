@@ -11,9 +11,11 @@ import pytest
 from hypothesis import strategies as st
 
 from irl_ops import _native
+from irl_ops.kernels.reference.measures import RowMeasures
 
 from .backend import Backend, Case, cases, logits_for
 from .exact import PLAIN, Exact, Readout, close
+from .measures_contract import MeasuresKernels, View
 from .memory import CANARY, STORAGE, Placed, decode, encode
 from .readout_contract import ReadoutKernels
 
@@ -75,6 +77,32 @@ class Native(Backend):
         )
         assert all(v.untouched_outside() for v in (*given, *out) if v)
 
+    def row_measures(self, q, ids, wanted, view, readout=PLAIN):
+        asked = ["row_max", "logsum", "picked", *wanted, *["kept"] * ("mean_logit" in wanted)]
+        shapes = {"picked": ids.shape}
+        out = {name: poisoned(shapes.get(name, q.sizes)) for name in asked}
+        if "top1" in wanted:
+            out["top1"] = Vector(np.full(q.sizes, -7, np.int64))
+        given, seen = Vector(ids), Seen(view)
+        at = tuple(out[n].address if n in out else 0 for n in RowMeasures._fields)
+        _native.row_measures(
+            *where(q), given.address, ids.shape[-1], at, seen.addresses, self.threads, self.isa,
+            *numbers(readout),
+        )  # fmt: skip
+        assert all(v.untouched_outside() for v in (given, *out.values(), *seen.kept))
+        return RowMeasures(*(out[n].values if n in out else None for n in RowMeasures._fields))
+
+    def row_measures_grad(self, q, ids, row_max, logsum, slopes, y, view, readout=PLAIN):
+        given = [Vector(v) for v in (ids, row_max, logsum)]
+        coefficients = [None if v is None else Vector(v) for v in vars(slopes).values()]
+        seen = Seen(view)
+        at = tuple(v.address if v else 0 for v in coefficients)
+        _native.row_measures_grad(
+            *where(q), given[0].address, ids.shape[-1], given[1].address, given[2].address, at,
+            y.address, y.strides, seen.addresses, self.threads, self.isa, *numbers(readout),
+        )  # fmt: skip
+        assert all(v.untouched_outside() for v in (*given, *filter(None, coefficients)))
+
     def label_logit(self, q, labels, readout=PLAIN):
         out, given = poisoned(q.sizes), Vector(labels)
         _native.label_logit(*where(q), given.address, out.address, self.isa, *numbers(readout))
@@ -84,6 +112,21 @@ class Native(Backend):
     def set_label(self, y, labels, elements, readout=PLAIN, label_logit=None):
         given = padded([Vector(v) for v in (labels, elements, label_logit) if v is not None], 3)
         _native.set_label(*where(y), *(v.address if v else 0 for v in given), *numbers(readout))
+
+
+class Seen:
+    """What each row has of its own, in vectors that live as long."""
+
+    def __init__(self, view: View) -> None:
+        scale, mask, above = (None if x is None else Vector(x) for x in view.options.values())
+        self.kept = [v for v in (scale, mask, above) if v]
+        strides = () if mask is None else np.array(mask.values.strides[:-1]).tolist()
+        self.addresses = (
+            scale.address if scale else 0,
+            mask.address if mask else 0,
+            strides,
+            above.address if above else 0,
+        )
 
 
 def padded(given: Sequence[Any], count: int) -> tuple[Any, ...]:
@@ -98,8 +141,9 @@ def where(q: Placed) -> tuple[int, str, tuple[int, ...], list[int], int]:
 ISAS = {isa: Native(isa) for isa in _native.isas()}
 
 
-class TestNative(ReadoutKernels):
+class TestNative(MeasuresKernels, ReadoutKernels):
     forms = ISAS
+    measure_vocabs = (1, 2, 17, 64, 331, 4129)
     # Below, at and above one vector and one unrolled step; above one block of the kernels (2048).
     cases = cases(1, 2, 17, 63, 64, 65, 1000, 2049, 50257, 151936)
     wide = 4129

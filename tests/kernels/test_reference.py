@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from irl_ops.kernels import reference
+from irl_ops.kernels.reference import measures
 
 from .backend import Array, Backend, Case
 from .exact import PLAIN, Arithmetic, Exact, Readout
+from .measures_contract import MeasuresKernels
 from .memory import Placed
 from .readout_contract import ReadoutKernels
 
@@ -63,6 +65,27 @@ class Reference(Backend):
             options["label_logit"] = self.to(label_logit)
         y.rows[...] = self.back(self.call("set_label", y, labels, elements, **options))
 
+    def row_measures(self, q, ids, wanted, view, readout=PLAIN):
+        options = {n: None if x is None else self.vector(q, x) for n, x in view.options.items()}
+        with np.errstate(all="ignore"):
+            found = measures.row_measures(
+                self.to(q), self.to(ids), wanted, **options, **readout.options
+            )
+        return measures.RowMeasures(*(None if x is None else self.back(x) for x in found))
+
+    def row_measures_grad(self, q, ids, row_max, logsum, slopes, y, view, readout=PLAIN):
+        options = {n: None if x is None else self.vector(q, x) for n, x in view.options.items()}
+        given = measures.Slopes(
+            *(None if x is None else self.vector(q, x) for x in vars(slopes).values())
+        )
+        with np.errstate(all="ignore"):
+            y.rows[...] = self.back(
+                measures.row_measures_grad(
+                    self.to(q), self.to(ids), self.to(row_max), self.to(logsum), given,
+                    **options, **readout.options,
+                )
+            )  # fmt: skip
+
 
 def to_torch(x: Placed | Array) -> torch.Tensor:
     """The same memory."""
@@ -80,7 +103,7 @@ def to_numpy(x: Placed | Array) -> Array:
     return x.rows if isinstance(x, Placed) else x
 
 
-class TestReference(ReadoutKernels, examples=50):
+class TestReference(MeasuresKernels, ReadoutKernels, examples=50):
     forms: ClassVar = {
         "numpy": Reference(("float32", "float16"), 2.0**-24, to_numpy, np.asarray),
         "torch": Reference(("float32", "bfloat16", "float16"), 2.0**-24, to_torch, from_torch),

@@ -14,11 +14,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.kernels.triton import dispatch
 from irl_ops.torch import triton as backend
 
 from .backend import Backend, Case, cases, logits_for
 from .exact import PLAIN, Arithmetic, Exact, Readout
+from .measures_contract import MeasuresKernels
 from .memory import Placed, decode, encode
 from .readout_contract import ReadoutKernels
 
@@ -87,6 +89,23 @@ class Triton(Backend):
     def row_stats_grad(self, q, alpha, beta, weight, y, readout=PLAIN):
         return self.call("row_stats_grad", q, alpha, beta, weight, y, readout=readout)
 
+    def row_measures(self, q, ids, wanted, view, readout=PLAIN):
+        options = {n: None if x is None else tensor(x) for n, x in view.options.items()}
+        with formed(self.form):
+            found = backend.row_measures(
+                tensor(q), tensor(ids), wanted, **options, **readout.options
+            )
+        return RowMeasures(*(None if x is None else x.numpy() for x in found))
+
+    def row_measures_grad(self, q, ids, row_max, logsum, slopes, y, view, readout=PLAIN):
+        options = {n: None if x is None else tensor(x) for n, x in view.options.items()}
+        given = Slopes(*(None if x is None else tensor(x) for x in vars(slopes).values()))
+        with formed(self.form):
+            backend.row_measures_grad(
+                tensor(q), tensor(ids), tensor(row_max), tensor(logsum), given, tensor(y),
+                **options, **readout.options,
+            )  # fmt: skip
+
     def label_logit(self, q, labels, readout=PLAIN):
         return self.call("label_logit", q, labels, readout=readout).numpy()
 
@@ -94,13 +113,15 @@ class Triton(Backend):
         self.call("set_label_", y, labels, elements, label_logit, readout=readout)
 
 
-class TestTriton(ReadoutKernels, examples=60):
+class TestTriton(MeasuresKernels, ReadoutKernels, examples=60):
     forms: ClassVar = {form: Triton(form) for form in FORMS}
     cases = (*cases(1, 2, 8, 17, 64, 1000), Case((2,), 50257), Case((2,), 151936))
     readouts = (PLAIN, Readout(1.0, 30.0), Readout(0.25, 5.0), Readout(1.5))
     random_readouts = readouts
     tiled = Case((3, 7), 64)
     certain_batches = 1
+    measure_vocabs = (67,)
+    measure_readouts = (PLAIN, Readout(0.5, 8.0))
     shapes = st.builds(
         Case,
         st.lists(st.integers(1, 3), max_size=3).map(tuple),

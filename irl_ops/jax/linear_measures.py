@@ -1,0 +1,124 @@
+"""The row measures of logits that are never stored, chunk by chunk."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax import lax
+
+from irl_ops import algebra
+from irl_ops.call import StatsCall
+from irl_ops.jax import measures
+from irl_ops.jax.backends import BACKENDS, dispatch
+from irl_ops.jax.chunks import Layer, Sums, backwards, logits_of
+from irl_ops.jax.linear_loss import Form, gradient_of
+from irl_ops.jax.measures import KERNEL, View
+from irl_ops.jax.program import computed_in
+from irl_ops.jax.rows import once
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
+
+
+def statistics(
+    form: Form, call: StatsCall, layer: Layer, rows: algebra.Rows
+) -> tuple[algebra.Statistics, dict[str, jax.Array | None]]:
+    """Row statistics and the fields beyond them, differentiable by the layer."""
+    ids = measures.ids_of(call, rows, layer.weight.shape[0])
+    view = measures.view_of(call, rows.labels.shape, computed_in(layer.hidden))
+    wanted = call.measures.wanted(call.entropy)
+    return measures.named(call, ids, row_measures(form, wanted, layer, ids, view))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def row_measures(
+    form: Form, wanted: tuple[str, ...], layer: Layer, ids: jax.Array, view: View
+) -> RowMeasures:
+    """As ``irl_ops.jax.measures.row_measures``, of the layer's logits."""
+
+    def by(name: str) -> Any:
+        return functools.partial(_measures, BACKENDS[name], form, wanted)
+
+    found: RowMeasures = dispatch(form.backend, by, layer, ids, view, kernel=KERNEL)
+    return found
+
+
+def _forward(
+    form: Form, wanted: tuple[str, ...], layer: Layer, ids: jax.Array, view: View
+) -> tuple[RowMeasures, tuple[Any, ...]]:
+    layer = jax.tree.map(once, layer)
+    found = row_measures(form, wanted, layer, ids, view)
+    return found, (layer, ids, view, found)
+
+
+def _backward(
+    form: Form, wanted: tuple[str, ...], saved: tuple[Any, ...], above: RowMeasures
+) -> tuple[Any, ...]:
+    layer, ids, view, found = saved
+
+    def by(name: str) -> Any:
+        return functools.partial(_gradients, BACKENDS[name], form)
+
+    slopes = measures.slopes_of(found, above)
+    given = (layer, ids, found.row_max, found.logsum, slopes, view)
+    dhidden, sums = dispatch(form.backend, by, *given, kernel=KERNEL)
+    return gradient_of(dhidden, sums, 1.0), None, None
+
+
+row_measures.defvjp(_forward, _backward)
+
+
+def _measures(
+    kernels: ModuleType,
+    form: Form,
+    wanted: tuple[str, ...],
+    layer: Layer,
+    ids: jax.Array,
+    view: View,
+) -> RowMeasures:
+    flat, shape = layer.flat(), ids.shape[:-1]
+    seen = _rows(len(shape), (ids, view))
+
+    def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
+        hidden, (ids, view) = _window((flat.hidden, seen), start, size)
+        x = logits_of(hidden, flat)
+        found = kernels.row_measures(x, ids, wanted, **view._asdict(), **form.readout.keywords)
+        return None, found
+
+    _, found = backwards(body, None, flat.hidden.shape[0], form.chunk)
+    measured: RowMeasures = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found)
+    return measured
+
+
+def _gradients(
+    kernels: ModuleType,
+    form: Form,
+    layer: Layer,
+    ids: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    slopes: Slopes,
+    view: View,
+) -> tuple[jax.Array, Sums]:
+    flat = layer.flat()
+    seen = _rows(ids.ndim - 1, (ids, row_max, logsum, slopes, view))
+
+    def body(sums: Sums, start: Any, size: int) -> tuple[Sums, jax.Array]:
+        hidden, (*given, view) = _window((flat.hidden, seen), start, size)
+        x = logits_of(hidden, flat)
+        dx = kernels.row_measures_grad(x, *given, **view._asdict(), **form.readout.keywords)
+        return sums.add(dx, hidden, flat)
+
+    sums = Sums.zeros(flat, form.accumulate)
+    sums, dhidden = backwards(body, sums, flat.hidden.shape[0], form.chunk)
+    return dhidden.reshape(layer.hidden.shape), sums
+
+
+def _rows(axes: int, arrays: Any) -> Any:
+    """With the rows, which have so many axes, along one."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), arrays)
+
+
+def _window(arrays: Any, start: Any, size: int) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
