@@ -68,6 +68,7 @@ from irl_ops.algebra.shards import (
     rows_at,
 )
 from irl_ops.algebra.total import metrics, row_losses, total
+from irl_ops.algebra.value_objective import value_objective
 from irl_ops.algebra.weights import Objective, weigh
 
 __all__ = [
@@ -112,5 +113,6 @@ __all__ = [
     "statistics",
     "total",
     "transition",
+    "value_objective",
     "weigh",
 ]
