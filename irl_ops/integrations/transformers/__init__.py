@@ -20,11 +20,26 @@ from irl_ops.integrations.transformers.callbacks import (
 )
 from irl_ops.integrations.transformers.loss import iqlearn_loss_func
 from irl_ops.integrations.transformers.model import apply_iqlearn
+from irl_ops.integrations.transformers.online import OnlineIQLearnArguments, OnlineIQLearnTrainer
+from irl_ops.integrations.transformers.sampling import (
+    ContinuousSampler,
+    GenerateSampler,
+    Sampler,
+    VLLMSampler,
+)
 
 __all__ = [
     "ApplyIQLearn",
     "IQLearnCallback",
     "LamScheduleCallback",
+    "ContinuousSampler",
+    "GenerateSampler",
+    "IQLearnCallback",
+    "LamScheduleCallback",
+    "OnlineIQLearnArguments",
+    "OnlineIQLearnTrainer",
+    "Sampler",
+    "VLLMSampler",
     "apply_iqlearn",
     "iqlearn_loss_func",
 ]
