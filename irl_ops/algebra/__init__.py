@@ -34,6 +34,7 @@ in C++ and in ``triton/`` for GPUs::
 A pass knows kernels and no loss; the stages know no kernel.
 """
 
+from irl_ops.algebra.actor_critic import advantages, policy_rows
 from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients
 from irl_ops.algebra.drive import Finish, Outcome, loss_and_grad
 from irl_ops.algebra.finish import (
@@ -94,6 +95,7 @@ __all__ = [
     "Terms",
     "Transition",
     "Weighting",
+    "advantages",
     "align",
     "coefficients",
     "finish",
@@ -107,6 +109,7 @@ __all__ = [
     "merge",
     "metrics",
     "no_columns",
+    "policy_rows",
     "preceding",
     "row_losses",
     "rows_at",

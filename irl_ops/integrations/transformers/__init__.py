@@ -18,6 +18,9 @@ from irl_ops.integrations.transformers.callbacks import (
     IQLearnCallback,
     LamScheduleCallback,
 )
+from irl_ops.integrations.transformers.callbacks import IQLearnCallback, LamScheduleCallback
+from irl_ops.integrations.transformers.gail import GAILTrainer
+from irl_ops.integrations.transformers.gail_arguments import GAILArguments
 from irl_ops.integrations.transformers.loss import iqlearn_loss_func
 from irl_ops.integrations.transformers.model import apply_iqlearn
 from irl_ops.integrations.transformers.online import OnlineIQLearnArguments, OnlineIQLearnTrainer
@@ -33,6 +36,8 @@ __all__ = [
     "IQLearnCallback",
     "LamScheduleCallback",
     "ContinuousSampler",
+    "GAILArguments",
+    "GAILTrainer",
     "GenerateSampler",
     "IQLearnCallback",
     "LamScheduleCallback",

@@ -201,13 +201,14 @@ class OnlineIQLearnTrainer(SampledTrainer):
 
         def read(readout: Readout) -> Any:
             loss, metrics = self._loss(readout, labels, is_expert, items)
-            return loss, metrics, readout.logits if return_outputs else None
+            stored = return_outputs and isinstance(readout.logits, Tensor)
+            return loss, metrics, readout.logits if stored else None
 
         with self.accelerator.autocast():
             loss, metrics, logits = model(**inputs, read=read)
         if model.training:  # these would be means of demonstrations and samples
             del metrics["nll"], metrics["accuracy"]
-        self.running._record(metrics)
+        self.running[model.training]._record(metrics)
         if items is not None:
             loss = loss * self.accelerator.num_processes  # DDP and FSDP take means of gradients
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -216,7 +217,11 @@ class OnlineIQLearnTrainer(SampledTrainer):
         self, readout: Readout, labels: Tensor, is_expert: Tensor, items: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         args = self.args
-        shared = {"gamma": args.gamma, "shift": not self.encoder_decoder, "eos_token_id": self.ends}
+        shared: dict[str, Any] = {
+            "gamma": args.gamma,
+            "shift": not self.encoder_decoder,
+            "eos_token_id": self.ends,
+        }
         if args.objective == "value":
             stats = readout("token_stats", labels, entropy=False, **shared)
             loss = iq_value_loss(

@@ -30,15 +30,24 @@ class Readout(NamedTuple):
     logits: Tensor | LinearLogits
     hidden: Tensor  # [B, T, D]
 
-    def __call__(self, name: str, labels: Tensor, *more: Tensor, **options: Any) -> Any:
-        """The function of that name in ``irl_ops.torch``, or its linear twin."""
+    def __call__(
+        self, name: str, labels: Tensor, *more: Tensor, temperature: float = 1.0, **options: Any
+    ) -> Any:
+        """The function of that name in ``irl_ops.torch`` or its linear twin, of q / temperature."""
         logits = self.logits
         if isinstance(logits, LinearLogits):
             twin: Callable[..., Any] = getattr(irl, f"linear_{name}")
+            scale, cap = logits.layer["logit_scale"], logits.layer["softcap"]
+            bent = {
+                "bias": logits.layer["bias"],
+                "logit_scale": scale / temperature,
+                "softcap": None if cap is None else cap / temperature,
+            }
             labels = labels.to(logits.hidden.device)
-            return twin(logits.hidden, logits.weight, labels, *more, **logits.layer, **options)
+            return twin(logits.hidden, logits.weight, labels, *more, **bent, **options)
         dense: Callable[..., Any] = getattr(irl, name)
-        return dense(logits, labels.to(logits.device), *more, **options)
+        labels = labels.to(logits.device)
+        return dense(logits, labels, *more, logit_scale=1 / temperature, **options)
 
 
 Read = Callable[[Readout], Any]
@@ -49,7 +58,7 @@ class Reader:
 
     Args:
         model: a Transformers model, or a PEFT model around one.
-        fused_linear: no logits are stored in training, as in ``apply_iqlearn``.
+        fused_linear: no logits are stored where they are read; ``generate`` has them as before.
 
     Raises:
         NotImplementedError: ``fused_linear`` with a last layer that is no plain ``nn.Linear``, or a
@@ -81,7 +90,7 @@ class Reader:
             self.during = ExitStack()
             layer = cast(Any, self.base).get_output_embeddings()
             self.seen = self.during.enter_context(_input_of(layer))
-            if self.fused_linear and self.base.training:
+            if self.fused_linear:
                 self.during.enter_context(unstored_logits(self.base))
         return args, kwargs
 

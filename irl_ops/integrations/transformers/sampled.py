@@ -35,7 +35,7 @@ class SamplingArguments(TrainingArguments):
         max_new_tokens: the length at which an answer is cut off.
         temperature: of sampling; 0 takes the likeliest token each time.
         sample_batch_size: prompts in one call of ``generate``, on each process.
-        fused_linear: no logits are stored in training, as in ``apply_iqlearn``.
+        fused_linear: the losses store no logits, as in ``apply_iqlearn``, nor do evaluations.
     """
 
     max_new_tokens: int = field(default=128)
@@ -75,7 +75,7 @@ class SampledTrainer(Trainer):
         self.ends, self.pad = end_tokens(base), pad_token(base)
         self.encoder_decoder = bool(base.config.is_encoder_decoder)
         self.buffer = Buffer(0)
-        self.running = Loss({})
+        self.running = {training: Loss({}) for training in (True, False)}
         self.observed: defaultdict[str, list[float]] = defaultdict(list)
         self.seconds = {"sampling_seconds": 0.0, "update_seconds": 0.0}
         self.add_callback(_UpdateClock(self))
@@ -169,7 +169,8 @@ class SampledTrainer(Trainer):
         """Adds the metrics of the losses, and in training also the clocks and what was sampled."""
         for key in list(logs):
             if key.endswith("loss") and key != "train_loss":
-                logs |= self.running.drain(key.removesuffix("loss"))
+                prefix = key.removesuffix("loss")
+                logs |= self.running[prefix == ""].drain(prefix)
         if "loss" in logs:
             logs |= {k: sum(v) / len(v) for k, v in self.observed.items() if v}
             logs |= self.seconds

@@ -1,0 +1,206 @@
+"""GAILTrainer against float64 autograd, in what it learns, and when it is resumed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+from irl_ops.integrations.transformers import GAILArguments, GAILTrainer
+
+from .tiny_systems import EOS, Canned, answers_of, arguments, collate, whole
+from .tiny_transformers import assert_one_step, examples, llama, parameters, t5
+
+GAMMA, DECAY, KL, MLE = 0.9, 0.8, 0.3, 0.5
+TERMS = {"gamma": GAMMA, "gae_lambda": DECAY, "kl_initial": KL, "mle_weight": MLE}
+
+
+def gail(model, data, tmp_path, *, sampler=None, cls=GAILTrainer, **changed):
+    args = arguments(GAILArguments, tmp_path, **changed)
+    return cls(model, args, sampler=sampler, train_dataset=data, data_collator=collate)
+
+
+def spread(networks):
+    """Networks that differ: heads that say something, and a policy that has left its start."""
+    torch.manual_seed(1)
+    for scorer in (networks.critic, networks.discriminator):
+        head = scorer.head if networks.shared else scorer.model.get_output_embeddings()
+        nn.init.normal_(head.weight)
+    for name, parameter in networks.policy.named_parameters():
+        if parameter.requires_grad and "critic" not in name and "discriminator" not in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+def scores(scorer, prompt, answer):
+    """The numbers of a scorer's rows: that before each token, and that behind the last."""
+    return whole(scorer.model, prompt, answer)[:, 0]
+
+
+def reference(networks, demonstrations, episodes, scale, algorithm="a2c"):
+    """A.1.3, token by token."""
+    critic, discriminator, initial = networks.critic, networks.discriminator, networks.reference
+    played = []
+    for prompt, answer in episodes:
+        q, q0 = whole(networks.policy, prompt, answer), whole(initial, prompt, answer)
+        picked = range(len(answer)), answer
+        logp, logp0 = q[:-1].log_softmax(-1)[picked], q0[:-1].log_softmax(-1)[picked]
+        value = scores(critic, prompt, answer)
+        d = scores(discriminator, prompt, answer)[1:]
+        gained, behind = [], 0.0
+        for t in reversed(range(len(answer))):
+            ahead = 0.0 if answer[t] == EOS else value[t + 1].item()
+            delta = F.softplus(d[t]).item() + GAMMA * ahead - value[t].item()
+            behind = delta + GAMMA * DECAY * behind
+            gained.insert(0, behind)
+        gained = torch.tensor(gained).double()
+        returns = gained + value[:-1].detach()
+        played.append((logp, logp0, value[:-1], d, gained, returns))
+    logp, logp0, value, d, gained, returns = (torch.cat(x) for x in zip(*played, strict=True))
+    if scale != "raw":
+        moved = gained - gained.mean() if scale == "whitened" else gained
+        gained = moved / gained.std(correction=0)
+    if algorithm == "ppo":  # of the first update on these samples
+        policy = -gained * (logp - logp.detach()).exp()
+    else:
+        policy = -gained * logp
+    loss = (policy + KL * (logp - logp0.detach()) ** 2 / 2).mean()
+    loss = loss + ((value - returns) ** 2 / 2).mean() + F.softplus(d).mean()
+    d_expert, nll = [], []
+    for prompt, answer in demonstrations:
+        d_expert.append(scores(discriminator, prompt, answer)[1:])
+        logits = whole(networks.policy, prompt, answer)[:-1]
+        nll.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    return loss + F.softplus(-torch.cat(d_expert)).mean() + MLE * torch.cat(nll).mean()
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (llama, {}),
+        (llama, {"fused_linear": True, "advantages": "whitened", "algorithm": "ppo"}),
+        (t5, {"advantages": "raw"}),
+    ],
+)
+def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):
+    model = build()
+    data, sampler = examples(model), Canned()
+    trainer = gail(model, data, tmp_path, sampler=sampler, **TERMS, **options)
+    spread(trainer.model)
+    exact, before = copy.deepcopy(trainer.model).double(), parameters(trainer.model)
+    exact.eval()
+    trainer.train()
+    chosen = options.get("advantages", "scaled"), options.get("algorithm", "a2c")
+    loss = reference(exact, answers_of(data, model), sampler.episodes, *chosen)
+    loss.backward()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)  # rounded for the log
+    gradients = {n: p.grad for n, p in exact.named_parameters() if p.grad is not None}
+    assert {name.split(".")[0] for name in gradients} == {"policy", "critic", "discriminator"}
+    assert_one_step(trainer.model, before, gradients)
+    assert {"policy_loss", "value_loss", "kl", "reward", "caught", "answer_length"} <= set(logged)
+    assert trainer.model.reference.training is False
+
+
+SEVEN = [{"input_ids": [5, 7, EOS], "labels": [-100, 7, EOS]}] * 16
+
+
+class Flipped(GAILTrainer):
+    """Paid for what the discriminator takes for a sample."""
+
+    def _rescale(self, rollout):
+        super()._rescale(rollout)
+        for batch in rollout:
+            batch["advantage"] = -batch["advantage"]
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
+def test_it_learns_what_is_demonstrated(algorithm, tmp_path):
+    """The probability of the only answer, from about 1/64; no term of likelihood helps.
+
+    Each token is paid for itself alone: with later rewards, which are positive, answers run as long
+    as they may (Fig. 12).
+    """
+    found = {}
+    for cls in (GAILTrainer, Flipped) if algorithm == "a2c" else (GAILTrainer,):
+        model = llama(vocab_size=8)
+        trainer = gail(
+            model,
+            SEVEN,
+            tmp_path,
+            cls=cls,
+            algorithm=algorithm,
+            updates_per_rollout=2 if algorithm == "ppo" else 1,
+            optim="adamw_torch",
+            learning_rate=1e-2,
+            max_steps=40,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=1,
+            logging_steps=40,
+            max_new_tokens=2,
+            gamma=0.0,
+            kl_initial=0.0,
+            kl_final=0.0,
+        )
+        trainer.train()
+        with torch.no_grad():
+            logp = whole(model.double(), [5], [7, EOS])[:-1].log_softmax(-1)
+        found[cls] = (logp[0, 7] + logp[1, EOS]).exp().item()
+    assert found[GAILTrainer] > 0.3 and found.get(Flipped, 0.0) < 0.03, found
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "ppo", "updates_per_rollout": 2}])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        **TERMS,
+        **options,
+    }
+    model = llama()
+    data = examples(model, lengths=(3, 4, 3, 4, 2, 3))
+    straight = gail(model, data, tmp_path, **options)
+    straight.train()
+    again = gail(llama(), data, tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    timed = ("sampling_seconds", "update_seconds", "epoch")
+
+    def curve(trainer):
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        return [{k: v for k, v in log.items() if k not in timed} for log in logs]
+
+    assert curve(again) == curve(straight) and len(curve(straight)) == 5
+    # The policy of a checkpoint is a model like any other.
+    policy = type(model).from_pretrained(tmp_path / "checkpoint-5")
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, straight.model.policy.get_parameter(name))
+
+
+def test_the_weight_of_the_kl_falls(tmp_path):
+    trainer = gail(llama(), SEVEN, tmp_path, kl_initial=0.5, kl_final=0.1, kl_anneal_steps=10)
+    weights = []
+    for trainer.state.global_step in (0, 5, 10, 100):
+        weights.append(trainer.kl_weight())
+    assert weights == pytest.approx([0.5, 0.3, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"algorithm": "trpo"}, "algorithm='trpo'"),
+        ({"advantages": "none"}, "advantages='none'"),
+        ({"gae_lambda": 1.5}, "gae_lambda=1.5"),
+        ({"mle_weight": -1.0}, "mle_weight=-1.0"),
+        ({"updates_per_rollout": 2}, "updates_per_rollout=2"),
+        ({"agent_batch_size": 0}, "agent_batch_size=0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+    ],
+)
+def test_arguments_that_no_run_could_use(changed, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(GAILArguments, tmp_path, **changed)
