@@ -61,7 +61,7 @@ def reference(networks, demonstrations, episodes, scale, algorithm="a2c"):
     logp, logp0, value, d, gained, returns = (torch.cat(x) for x in zip(*played, strict=True))
     if scale != "raw":
         moved = gained - gained.mean() if scale == "whitened" else gained
-        gained = moved / gained.std(correction=0)
+        gained = moved / (moved.square().mean().sqrt() + 1e-5)
     if algorithm == "ppo":  # of the first update on these samples
         policy = -gained * (logp - logp.detach()).exp()
     else:
@@ -118,7 +118,7 @@ class Flipped(GAILTrainer):
 
 @pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
 def test_it_learns_what_is_demonstrated(algorithm, tmp_path):
-    """The probability of the only answer, from about 1/64; no term of likelihood helps.
+    """The probability of the only first token, from 1/8; no term of likelihood helps.
 
     Each token is paid for itself alone: with later rewards, which are positive, answers run as long
     as they may (Fig. 12).
@@ -135,10 +135,10 @@ def test_it_learns_what_is_demonstrated(algorithm, tmp_path):
             updates_per_rollout=2 if algorithm == "ppo" else 1,
             optim="adamw_torch",
             learning_rate=1e-2,
-            max_steps=40,
+            max_steps=25,
             per_device_train_batch_size=16,
             gradient_accumulation_steps=1,
-            logging_steps=40,
+            logging_steps=25,
             max_new_tokens=2,
             gamma=0.0,
             kl_initial=0.0,
@@ -146,9 +146,8 @@ def test_it_learns_what_is_demonstrated(algorithm, tmp_path):
         )
         trainer.train()
         with torch.no_grad():
-            logp = whole(model.double(), [5], [7, EOS])[:-1].log_softmax(-1)
-        found[cls] = (logp[0, 7] + logp[1, EOS]).exp().item()
-    assert found[GAILTrainer] > 0.3 and found.get(Flipped, 0.0) < 0.03, found
+            found[cls] = whole(model.double(), [5], [7])[0].softmax(-1)[7].item()
+    assert found[GAILTrainer] > 0.5 and found.get(Flipped, 0.0) < 0.1, found
 
 
 @pytest.mark.parametrize("options", [{}, {"algorithm": "ppo", "updates_per_rollout": 2}])

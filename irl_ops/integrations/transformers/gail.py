@@ -167,20 +167,21 @@ class GAILTrainer(SampledTrainer):
         return judged | {"used": used, "reward": reward}
 
     def _rescale(self, rollout: list[Batch]) -> None:
-        """Divides the advantages by their standard deviation over all samples of the update."""
+        """Divides the advantages by their root mean square over all samples of the update."""
         if self.args.advantages == "raw":
             return
-        sums = sum(
-            torch.stack([b["used"].sum(), b["advantage"].sum(), b["advantage"].square().sum()])
-            for b in rollout
-        )
-        count, total, squares = self.over_ranks(sums)  # type: ignore[arg-type]
-        mean = total / count
-        scale = (squares / count - mean**2).clamp(min=0).sqrt() + 1e-8
-        shift = mean if self.args.advantages == "whitened" else 0.0
-        for batch in rollout:
-            moved = (batch["advantage"] - shift) / scale
-            batch["advantage"] = torch.where(batch["used"], moved, 0.0)
+        count = self.over_ranks(torch.stack([b["used"].sum() for b in rollout]).sum())
+        if self.args.advantages == "whitened":
+            mean = (
+                self.over_ranks(torch.stack([b["advantage"].sum() for b in rollout]).sum()) / count
+            )
+            for b in rollout:
+                b["advantage"] = torch.where(b["used"], b["advantage"] - mean, 0.0)
+        squares = torch.stack([b["advantage"].square().sum() for b in rollout]).sum()
+        # where all are equal, as before the discriminator knows anything, no noise is blown up
+        scale = (self.over_ranks(squares) / count).sqrt() + 1e-5
+        for b in rollout:
+            b["advantage"] = b["advantage"] / scale
 
     # ---------------------------------------------------------------------------------------------
     # The update

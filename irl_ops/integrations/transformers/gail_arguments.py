@@ -23,7 +23,7 @@ class GAILArguments(SamplingArguments):
         updates_per_rollout: updates on the same samples, with new demonstrations each; for "ppo".
         gamma: discount.
         gae_lambda: decay of the generalised advantages; 1 takes whole returns.
-        advantages: "scaled", divided by their standard deviation over the samples of an update, on
+        advantages: "scaled", divided by their root mean square over the samples of an update, on
             all processes; "whitened", with their mean taken off first; or "raw".
         kl_initial: weight of the KL to the initial policy at first.
         kl_final: that at the end (the paper's 1e-3).
