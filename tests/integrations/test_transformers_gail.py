@@ -15,6 +15,7 @@ from .tiny_systems import EOS, Canned, answers_of, arguments, collate, whole
 from .tiny_transformers import assert_one_step, examples, llama, parameters, t5
 
 GAMMA, DECAY, KL, MLE = 0.9, 0.8, 0.3, 0.5
+ADAPTERS = ("default", "critic", "discriminator")
 TERMS = {"gamma": GAMMA, "gae_lambda": DECAY, "kl_initial": KL, "mle_weight": MLE}
 
 
@@ -34,21 +35,34 @@ def spread(networks):
             parameter.data += 0.05 * torch.randn_like(parameter)
 
 
-def scores(scorer, prompt, answer):
+def scores(networks, name, prompt, answer):
     """The numbers of a scorer's rows: that before each token, and that behind the last."""
-    return whole(scorer.model, prompt, answer)[:, 0]
+    scorer = getattr(networks, name)
+    if not networks.shared:
+        return whole(scorer.model, prompt, answer)[:, 0]
+    networks.policy.set_adapter(name)
+    ids = torch.tensor([prompt + answer])
+    hidden = networks.policy.get_base_model().model(ids).last_hidden_state
+    networks.policy.set_adapter("default")
+    return scorer.head(hidden)[0, len(prompt) - 1 :, 0]
+
+
+def initial(networks, prompt, answer):
+    if not networks.shared:
+        return whole(networks.reference, prompt, answer)
+    with networks.policy.disable_adapter():
+        return whole(networks.policy, prompt, answer)
 
 
 def reference(networks, demonstrations, episodes, scale, algorithm="a2c"):
     """A.1.3, token by token."""
-    critic, discriminator, initial = networks.critic, networks.discriminator, networks.reference
     played = []
     for prompt, answer in episodes:
-        q, q0 = whole(networks.policy, prompt, answer), whole(initial, prompt, answer)
+        q, q0 = whole(networks.policy, prompt, answer), initial(networks, prompt, answer)
         picked = range(len(answer)), answer
         logp, logp0 = q[:-1].log_softmax(-1)[picked], q0[:-1].log_softmax(-1)[picked]
-        value = scores(critic, prompt, answer)
-        d = scores(discriminator, prompt, answer)[1:]
+        value = scores(networks, "critic", prompt, answer)
+        d = scores(networks, "discriminator", prompt, answer)[1:]
         gained, behind = [], 0.0
         for t in reversed(range(len(answer))):
             ahead = 0.0 if answer[t] == EOS else value[t + 1].item()
@@ -70,16 +84,25 @@ def reference(networks, demonstrations, episodes, scale, algorithm="a2c"):
     loss = loss + ((value - returns) ** 2 / 2).mean() + F.softplus(d).mean()
     d_expert, nll = [], []
     for prompt, answer in demonstrations:
-        d_expert.append(scores(discriminator, prompt, answer)[1:])
+        d_expert.append(scores(networks, "discriminator", prompt, answer)[1:])
         logits = whole(networks.policy, prompt, answer)[:-1]
         nll.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
     return loss + F.softplus(-torch.cat(d_expert)).mean() + MLE * torch.cat(nll).mean()
+
+
+def adapted():
+    """One trunk for all; adapters that are nowhere 0."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(llama(), config)
 
 
 @pytest.mark.parametrize(
     ("build", "options"),
     [
         (llama, {}),
+        (adapted, {}),
+        (adapted, {"fused_linear": True}),
         (llama, {"fused_linear": True, "advantages": "whitened", "algorithm": "ppo"}),
         (t5, {"advantages": "raw"}),
     ],
@@ -91,17 +114,23 @@ def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):
     spread(trainer.model)
     exact, before = copy.deepcopy(trainer.model).double(), parameters(trainer.model)
     exact.eval()
+    trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     chosen = options.get("advantages", "scaled"), options.get("algorithm", "a2c")
     loss = reference(exact, answers_of(data, model), sampler.episodes, *chosen)
+    for name, parameter in exact.named_parameters():
+        parameter.requires_grad_(name in trainable)
     loss.backward()
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)  # rounded for the log
     gradients = {n: p.grad for n, p in exact.named_parameters() if p.grad is not None}
     assert {name.split(".")[0] for name in gradients} == {"policy", "critic", "discriminator"}
+    if trainer.model.shared:
+        assert {name.split(".")[-2] for name in gradients} == {*ADAPTERS, "head"}
+        assert all(".lora_" in name or ".head." in name for name in trainable)
     assert_one_step(trainer.model, before, gradients)
     assert {"policy_loss", "value_loss", "kl", "reward", "caught", "answer_length"} <= set(logged)
-    assert trainer.model.reference.training is False
+    assert trainer.model.shared or trainer.model.reference.training is False
 
 
 SEVEN = [{"input_ids": [5, 7, EOS], "labels": [-100, 7, EOS]}] * 16
@@ -150,8 +179,11 @@ def test_it_learns_what_is_demonstrated(algorithm, tmp_path):
     assert found[GAILTrainer] > 0.5 and found.get(Flipped, 0.0) < 0.1, found
 
 
-@pytest.mark.parametrize("options", [{}, {"algorithm": "ppo", "updates_per_rollout": 2}])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(llama, {"algorithm": "ppo", "updates_per_rollout": 2}), (adapted, {})],
+)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(build, options, tmp_path):
     options = {
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
@@ -161,11 +193,13 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
         **TERMS,
         **options,
     }
-    model = llama()
-    data = examples(model, lengths=(3, 4, 3, 4, 2, 3))
+    torch.manual_seed(3)
+    data = examples(llama(), lengths=(3, 4, 3, 4, 2, 3))
+    model = build()
+    start = copy.deepcopy(model)
     straight = gail(model, data, tmp_path, **options)
     straight.train()
-    again = gail(llama(), data, tmp_path, **options)
+    again = gail(start, data, tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     timed = ("sampling_seconds", "update_seconds", "epoch")
 
@@ -174,10 +208,18 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
         return [{k: v for k, v in log.items() if k not in timed} for log in logs]
 
     assert curve(again) == curve(straight) and len(curve(straight)) == 5
+    if build is adapted:
+        return
     # The policy of a checkpoint is a model like any other.
     policy = type(model).from_pretrained(tmp_path / "checkpoint-5")
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, straight.model.policy.get_parameter(name))
+
+
+def test_adapters_and_gradient_checkpointing_are_refused(tmp_path):
+    trainer = gail(adapted(), SEVEN, tmp_path, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing=True"):
+        trainer.train()
 
 
 def test_the_weight_of_the_kl_falls(tmp_path):

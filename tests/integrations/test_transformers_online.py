@@ -8,7 +8,11 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
 
-from irl_ops.integrations.transformers import OnlineIQLearnArguments, OnlineIQLearnTrainer
+from irl_ops.integrations.transformers import (
+    OnlineIQLearnArguments,
+    OnlineIQLearnTrainer,
+    apply_iqlearn,
+)
 
 from .tiny_systems import EOS, Canned, answers_of, arguments, collate, counting, whole
 from .tiny_transformers import assert_one_step, examples, llama, parameters, t5
@@ -26,10 +30,21 @@ def residuals(model, prompt, answer, semi_gradient=False):
     """log pi, V - gamma V' and Q - gamma V' of each token; V' is 0 behind an end token."""
     q = whole(model, prompt, answer)
     value = q.logsumexp(-1)
+    logp = q[range(len(answer)), answer] - value[:-1]
+    if hasattr(model, "value_head"):
+        ids = torch.tensor([prompt + answer])
+        hidden = model.model(ids).last_hidden_state[0, len(prompt) - 1 :]
+        value = model.value_head(hidden)[:, 0]
     ahead = torch.cat([value[1:-1], value[-1:] * (answer[-1] != EOS)])
-    picked = q[range(len(answer)), answer]
+    picked = value[:-1] + logp
     stopped = ahead.detach() if semi_gradient else ahead
-    return picked - value[:-1], value[:-1] - GAMMA * ahead, picked - GAMMA * stopped
+    return logp, value[:-1] - GAMMA * ahead, picked - GAMMA * stopped
+
+
+def headed():
+    model = apply_iqlearn(llama(), value_head=True)
+    torch.nn.init.normal_(model.value_head.weight)
+    return model
 
 
 def reference(model, demonstrations, episodes, objective, semi_gradient):
@@ -55,6 +70,8 @@ def reference(model, demonstrations, episodes, objective, semi_gradient):
         (t5, {"semi_gradient": True}),
         (llama, {"objective": "value", "semi_gradient": True}),
         (t5, {"objective": "value", "fused_linear": True}),
+        (headed, {}),
+        (headed, {"objective": "value", "fused_linear": True}),
     ],
 )
 def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from irl_ops.integrations.transformers.fused import last_layer, unstored_logits
 from irl_ops.integrations.transformers.model import transformers_model
 from irl_ops.integrations.transformers.reading import Reader, Readout
+from irl_ops.integrations.transformers.value_head import column
 
 Found = TypeVar("Found")
 
@@ -32,7 +34,7 @@ class CopiedScorer(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         """The scores of a batch."""
         scores: Tensor = self.model(**inputs, use_cache=False).logits[..., 0]
-        return scores.float()
+        return scores if scores.dtype == torch.float64 else scores.float()
 
 
 class AdaptedScorer(nn.Module):
@@ -45,7 +47,7 @@ class AdaptedScorer(nn.Module):
         super().__init__()
         base = transformers_model(policy)
         last_layer(base)
-        if base.is_gradient_checkpointing:
+        if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
             raise ValueError(
                 "gradient checkpointing runs layers again when other adapters are in use; accepted "
                 "with PEFT: gradient_checkpointing=False"
@@ -62,8 +64,7 @@ class AdaptedScorer(nn.Module):
         without = nullcontext() if reader.fused_linear else unstored_logits(base)
 
         def score(readout: Readout) -> Tensor:
-            scores: Tensor = self.head(readout.hidden.to(self.head.weight.dtype))
-            return scores[..., 0].float()
+            return column(self.head, readout.hidden)
 
         with using(policy, self.adapter), without:
             found: Tensor = policy(**inputs, read=score)

@@ -91,7 +91,8 @@ class OnlineIQLearnTrainer(SampledTrainer):
     To each micro-batch of demonstrations, samples of the policy are joined. Both end where their
     end token is, V' = 0 there; what was cut off bootstraps from the row behind it. The loss is
     divided by the labels of the whole update over all processes, demonstrated and sampled ones
-    apart. Evaluation computes the loss of demonstrations alone, and ``eval_nll`` with it.
+    apart. With a value head (``apply_iqlearn(model, value_head=True)``), V is that of the head.
+    Evaluation computes the loss of demonstrations alone, and ``eval_nll`` with it.
 
     Args:
         model: a Transformers model that generates, or a PEFT model around one.
@@ -222,6 +223,8 @@ class OnlineIQLearnTrainer(SampledTrainer):
             "shift": not self.encoder_decoder,
             "eos_token_id": self.ends,
         }
+        if readout.values is not None:
+            shared["values"] = readout.values
         if args.objective == "value":
             stats = readout("token_stats", labels, entropy=False, **shared)
             loss = iq_value_loss(

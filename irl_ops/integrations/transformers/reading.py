@@ -7,8 +7,8 @@ is: for a call without ``read``, and for ``generate``, nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,10 +18,12 @@ import irl_ops.torch as irl
 from irl_ops.integrations.transformers.fused import (
     LinearLogits,
     UnstoredLogits,
+    input_of,
     last_layer,
     unstored_logits,
 )
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.value_head import values_of
 
 
 class Readout(NamedTuple):
@@ -29,6 +31,7 @@ class Readout(NamedTuple):
 
     logits: Tensor | LinearLogits
     hidden: Tensor  # [B, T, D]
+    values: Tensor | None = None  # [B, T], of a value head
 
     def __call__(
         self, name: str, labels: Tensor, *more: Tensor, temperature: float = 1.0, **options: Any
@@ -89,7 +92,7 @@ class Reader:
             kwargs["use_cache"] = False
             self.during = ExitStack()
             layer = cast(Any, self.base).get_output_embeddings()
-            self.seen = self.during.enter_context(_input_of(layer))
+            self.seen = self.during.enter_context(input_of(layer))
             if self.fused_linear:
                 self.during.enter_context(unstored_logits(self.base))
         return args, kwargs
@@ -102,20 +105,8 @@ class Reader:
             return outputs
         logits = outputs["logits"]
         if isinstance(logits, UnstoredLogits):
-            return logits.within_layer(lambda x: read(Readout(x, x.hidden)))
-        return read(Readout(logits, self.seen.pop()))
+            return logits.within_layer(lambda x: read(self._readout(x, x.hidden)))
+        return read(self._readout(logits, self.seen.pop()))
 
-
-@contextmanager
-def _input_of(layer: Any) -> Iterator[list[Tensor]]:
-    """While it lasts, keeps what ``layer`` was called with last."""
-    seen: list[Tensor] = []
-
-    def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-        seen[:] = args[:1]
-
-    handle = layer.register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def _readout(self, logits: Tensor | LinearLogits, hidden: Tensor) -> Readout:
+        return Readout(logits, hidden, values_of(self.base, hidden))
