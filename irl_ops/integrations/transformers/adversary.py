@@ -112,7 +112,7 @@ class Adversaries(nn.Module):
         """Likewise."""
         return self.policy.generation_config
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """For all copies; with adapters it would run layers again under the wrong ones."""
         if self.shared:
             raise ValueError(
@@ -120,7 +120,11 @@ class Adversaries(nn.Module):
                 "accepted with PEFT: False"
             )
         for module in (self.policy, self.critic.model, self.discriminator.model):
-            cast(Any, module).gradient_checkpointing_enable(**options)
+            cast(Any, module).activation_checkpointing_enable(**options)
+
+    gradient_checkpointing_enable = (
+        activation_checkpointing_enable  # its name before Transformers 6
+    )
 
     def train(self, mode: bool = True) -> Adversaries:
         """The reference stays in evaluation mode."""

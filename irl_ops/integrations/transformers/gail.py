@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from irl_ops import algebra
-from irl_ops.integrations.transformers.adversary import Adversaries
+from irl_ops.integrations.transformers.adversary import Adversaries, train_all_adapters
 from irl_ops.integrations.transformers.episodes import IGNORED_LABEL, batch_of, plain, scored
 from irl_ops.integrations.transformers.gail_arguments import GAILArguments
 from irl_ops.integrations.transformers.model import transformers_model
@@ -324,6 +324,8 @@ class GAILTrainer(SampledTrainer):
 
         networks = self.networks()
         super()._load_from_checkpoint(resume_from_checkpoint, networks.policy)
+        if networks.shared:  # PEFT loads adapters that are not in use as frozen ones
+            train_all_adapters(networks.policy)
         load_model(networks.beside_policy(), str(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_rng_state(self, output_dir: str) -> None:
