@@ -104,7 +104,7 @@ def adapted():
         (adapted, {}),
         (adapted, {"fused_linear": True}),
         (llama, {"fused_linear": True, "advantages": "whitened", "algorithm": "ppo"}),
-        (t5, {"advantages": "raw"}),
+        (t5, {"advantages": "raw", "gradient_checkpointing": True}),
     ],
 )
 def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):
@@ -131,6 +131,21 @@ def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):
     assert_one_step(trainer.model, before, gradients)
     assert {"policy_loss", "value_loss", "kl", "reward", "caught", "answer_length"} <= set(logged)
     assert trainer.model.shared or trainer.model.reference.training is False
+
+
+@pytest.mark.parametrize("fused_linear", [False, True])
+def test_bfloat16_changes_little(fused_linear, tmp_path):
+    model = llama()
+    data, sampler = examples(model), Canned()
+    trainer = gail(
+        model, data, tmp_path, sampler=sampler, bf16=True, fused_linear=fused_linear, **TERMS
+    )
+    spread(trainer.model)
+    exact = copy.deepcopy(trainer.model).double().eval()
+    trainer.train()
+    loss = reference(exact, answers_of(data, model), sampler.episodes, "scaled")
+    # products are rounded to 8 bits, and advantages divide what was rounded by their size
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=0.03)
 
 
 SEVEN = [{"input_ids": [5, 7, EOS], "labels": [-100, 7, EOS]}] * 16

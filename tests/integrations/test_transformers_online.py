@@ -94,6 +94,22 @@ def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):
     assert 0 < logged["answers_cut_off"] < 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fused_linear": True}, {"objective": "value", "gradient_checkpointing": True}],
+)
+def test_bfloat16_changes_little(options, tmp_path):
+    model = headed()
+    data, sampler = examples(model), Canned()
+    exact = copy.deepcopy(model).double()
+    trainer = online(model, data, tmp_path, sampler=sampler, bf16=True, **options)
+    trainer.train()
+    objective = options.get("objective", "iqlearn")
+    loss = reference(exact, answers_of(data, model), sampler.episodes, objective, False)
+    # products are rounded to 8 bits
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=0.03)
+
+
 class Flipped(OnlineIQLearnTrainer):
     """The samples' term with the wrong sign: 2 L_E - L."""
 
@@ -201,6 +217,11 @@ def test_arguments_that_no_run_could_use(changed, message, tmp_path):
         arguments(OnlineIQLearnArguments, tmp_path, **changed)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from ()
+
+
 def test_batches_and_models_that_are_refused(tmp_path):
     model = llama()
     data = [{**row, "position_ids": list(range(len(row["labels"])))} for row in examples(model)]
@@ -208,6 +229,8 @@ def test_batches_and_models_that_are_refused(tmp_path):
     trainer.data_collator = lambda rows: {**collate(rows), "position_ids": torch.zeros(1)}
     with pytest.raises(ValueError, match="'position_ids'"):
         trainer.train()
+    with pytest.raises(ValueError, match="train_dataset=Stream"):
+        online(model, Stream(), tmp_path, max_steps=1)
     endless = llama(eos_token_id=None)
     endless.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="eos_token_id is None"):

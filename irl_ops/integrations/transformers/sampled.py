@@ -67,6 +67,11 @@ class SampledTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if args.n_gpu > 1:
             raise ValueError(DATA_PARALLEL)
+        if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"train_dataset={type(self.train_dataset).__name__}; accepted: one with rows by "
+                "number, of which prompts are drawn"
+            )
         self.loss_is_scaled_for_ga = True
         self.sampler = sampler or GenerateSampler(
             args.max_new_tokens, args.temperature, args.sample_batch_size
@@ -124,11 +129,6 @@ class SampledTrainer(Trainer):
     def _prompts(self, count: int, step: int) -> list[list[int]]:
         """Those of demonstrations at random; no demonstration comes again before all have come."""
         data: Any = self.train_dataset
-        if not hasattr(data, "__getitem__"):
-            raise ValueError(
-                f"train_dataset={type(data).__name__}; accepted: one with rows by number, of which "
-                "prompts are drawn"
-            )
         collate = self._get_collator_with_removed_columns(self.data_collator)
         generator = torch.Generator().manual_seed(self.args.seed + 31 * step)
         order: list[int] = []
