@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers", reason="needs transformers")
 
+from transformers import TrainerCallback
+
 from irl_ops.integrations.transformers import GAILArguments, GAILTrainer
 
 from .tiny_systems import EOS, Canned, answers_of, arguments, collate, whole
 from .tiny_transformers import assert_one_step, examples, llama, parameters, t5
 
-GAMMA, DECAY, KL, MLE = 0.9, 0.8, 0.3, 0.5
+GAMMA, DECAY, KL, MLE, CLIP = 0.9, 0.8, 0.3, 0.5, 0.05
 ADAPTERS = ("default", "critic", "discriminator")
 TERMS = {"gamma": GAMMA, "gae_lambda": DECAY, "kl_initial": KL, "mle_weight": MLE}
 
@@ -54,32 +56,41 @@ def initial(networks, prompt, answer):
         return whole(networks.policy, prompt, answer)
 
 
-def reference(networks, demonstrations, episodes, scale, algorithm="a2c"):
-    """A.1.3, token by token."""
+def paid(networks, prompt, answer):
+    """log pi, advantages and returns of an answer's tokens, as those networks see them."""
+    q = whole(networks.policy, prompt, answer)[:-1]
+    logp = q.log_softmax(-1)[range(len(answer)), answer]
+    value = scores(networks, "critic", prompt, answer)
+    reward = F.softplus(scores(networks, "discriminator", prompt, answer)[1:])
+    gained, behind = [], 0.0
+    for t in reversed(range(len(answer))):
+        ahead = 0.0 if answer[t] == EOS else value[t + 1].item()
+        delta = reward[t].item() + GAMMA * ahead - value[t].item()
+        behind = delta + GAMMA * DECAY * behind
+        gained.insert(0, behind)
+    gained = torch.tensor(gained).double()
+    return logp.detach(), gained, gained + value[:-1].detach()
+
+
+def reference(networks, demonstrations, episodes, scale, algorithm="a2c", old=None):
+    """A.1.3, token by token; ``old`` are the networks when the episodes were sampled."""
+    judged = [paid(old or networks, *episode) for episode in episodes]
+    logp_old, gained, returns = (torch.cat(x) for x in zip(*judged, strict=True))
+    if scale != "raw":
+        moved = gained - gained.mean() if scale == "whitened" else gained
+        gained = moved / (moved.square().mean().sqrt() + 1e-5)
     played = []
     for prompt, answer in episodes:
         q, q0 = whole(networks.policy, prompt, answer), initial(networks, prompt, answer)
         picked = range(len(answer)), answer
         logp, logp0 = q[:-1].log_softmax(-1)[picked], q0[:-1].log_softmax(-1)[picked]
-        value = scores(networks, "critic", prompt, answer)
-        d = scores(networks, "discriminator", prompt, answer)[1:]
-        gained, behind = [], 0.0
-        for t in reversed(range(len(answer))):
-            ahead = 0.0 if answer[t] == EOS else value[t + 1].item()
-            delta = F.softplus(d[t]).item() + GAMMA * ahead - value[t].item()
-            behind = delta + GAMMA * DECAY * behind
-            gained.insert(0, behind)
-        gained = torch.tensor(gained).double()
-        returns = gained + value[:-1].detach()
-        played.append((logp, logp0, value[:-1], d, gained, returns))
-    logp, logp0, value, d, gained, returns = (torch.cat(x) for x in zip(*played, strict=True))
-    if scale != "raw":
-        moved = gained - gained.mean() if scale == "whitened" else gained
-        gained = moved / (moved.square().mean().sqrt() + 1e-5)
-    if algorithm == "ppo":  # of the first update on these samples
-        policy = -gained * (logp - logp.detach()).exp()
-    else:
-        policy = -gained * logp
+        value = scores(networks, "critic", prompt, answer)[:-1]
+        played.append((logp, logp0, value, scores(networks, "discriminator", prompt, answer)[1:]))
+    logp, logp0, value, d = (torch.cat(x) for x in zip(*played, strict=True))
+    policy = -gained * logp
+    if algorithm == "ppo":
+        ratio = (logp - logp_old).exp()
+        policy = -torch.minimum(ratio * gained, ratio.clamp(1 - CLIP, 1 + CLIP) * gained)
     loss = (policy + KL * (logp - logp0.detach()) ** 2 / 2).mean()
     loss = loss + ((value - returns) ** 2 / 2).mean() + F.softplus(d).mean()
     d_expert, nll = [], []
@@ -131,6 +142,34 @@ def test_an_update_is_that_of_float64_autograd(build, options, tmp_path):
     assert_one_step(trainer.model, before, gradients)
     assert {"policy_loss", "value_loss", "kl", "reward", "caught", "answer_length"} <= set(logged)
     assert trainer.model.shared or trainer.model.reference.training is False
+
+
+class Keep(TrainerCallback):
+    """Copies of the networks as they were before each update."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.kept = [*getattr(self, "kept", []), copy.deepcopy(model).double().eval()]
+
+
+def test_ppo_goes_on_with_the_same_samples(tmp_path):
+    """The second update: ratios that have left 1, some as far as the clip lets them."""
+    model = llama()
+    data, sampler, keep = examples(model), Canned(), Keep()
+    options = {"algorithm": "ppo", "clip": CLIP, "updates_per_rollout": 2, "max_steps": 2}
+    options |= {"learning_rate": 0.05, "kl_anneal_steps": 10**9}
+    trainer = gail(model, data, tmp_path, sampler=sampler, **TERMS, **options)
+    trainer.add_callback(keep)
+    spread(trainer.model)
+    trainer.train()
+    assert len(sampler.episodes) == len(data)
+    old, now = keep.kept
+    ratio = torch.cat([paid(now, *x)[0] - paid(old, *x)[0] for x in sampler.episodes]).exp()
+    outside = ((ratio - 1).abs() > CLIP).sum()
+    assert 0 < outside < len(ratio)
+    given = answers_of(data, model), sampler.episodes, "scaled", "ppo"
+    for networks, log in zip(keep.kept, trainer.state.log_history, strict=False):
+        loss = reference(networks, *given, old=old)
+        assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)  # rounded for the log
 
 
 @pytest.mark.parametrize("fused_linear", [False, True])

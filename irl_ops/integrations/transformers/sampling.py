@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from irl_ops.integrations.transformers.model import transformers_model
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
 
 
 class Sampler(Protocol):
@@ -76,6 +79,8 @@ class ContinuousSampler:
         batching: ContinuousBatchingConfig | None = None,
         **options: Any,
     ) -> None:
+        from transformers import ContinuousBatchingConfig
+
         self.batching = batching or ContinuousBatchingConfig()
         self.options = _generation(max_new_tokens, temperature) | options
 
