@@ -15,17 +15,16 @@ over the labelled rows where nobody counts. ``eval_loss`` is then the training l
 perplexity is exp(eval_nll), and ``IQLearnCallback`` logs that nll.
 """
 
-from irl_ops.integrations.transformers.callbacks import (
-    ApplyIQLearn,
-    IQLearnCallback,
-    LamScheduleCallback,
-)
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from irl_ops.integrations.transformers.callbacks import IQLearnCallback, LamScheduleCallback
+from irl_ops.integrations.transformers.callbacks import (
+    ApplyIQLearn,
+    IQLearnCallback,
+    LamScheduleCallback,
+)
 from irl_ops.integrations.transformers.loss import iqlearn_loss_func
 from irl_ops.integrations.transformers.model import apply_iqlearn
 
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ApplyIQLearn",
-    "IQLearnCallback",
-    "LamScheduleCallback",
     "ContinuousSampler",
     "GAILArguments",
     "GAILTrainer",
