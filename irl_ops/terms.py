@@ -37,3 +37,9 @@ def online_iqlearn(number: Number, is_expert: Any) -> Terms:
         is_expert=is_expert,
         gamma=number("gamma", 0.0, 1.0),
     )
+
+
+def value_mixture(number: Number, is_expert: Any) -> Terms:
+    """The mixture (1 - alpha) expert + alpha agent, of the original IQ-Learn's value objective."""
+    alpha = number("alpha", 0.0, 1.0, open_end=True)
+    return Terms(td=1 - alpha, agent_td=alpha, is_expert=is_expert)

@@ -34,6 +34,7 @@ in C++ and in ``triton/`` for GPUs::
 A pass knows kernels and no loss; the stages know no kernel.
 """
 
+from irl_ops.algebra.actor_critic import advantages, policy_rows
 from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients
 from irl_ops.algebra.drive import Finish, Outcome, loss_and_grad
 from irl_ops.algebra.finish import (
@@ -69,6 +70,7 @@ from irl_ops.algebra.shards import (
     rows_at,
 )
 from irl_ops.algebra.total import metrics, row_losses, total
+from irl_ops.algebra.value_objective import value_objective
 from irl_ops.algebra.weights import Objective, weigh
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "Terms",
     "Transition",
     "Weighting",
+    "advantages",
     "align",
     "aligned_ids",
     "coefficients",
@@ -110,11 +113,13 @@ __all__ = [
     "merge",
     "metrics",
     "no_columns",
+    "policy_rows",
     "preceding",
     "row_losses",
     "rows_at",
     "statistics",
     "total",
     "transition",
+    "value_objective",
     "weigh",
 ]

@@ -9,10 +9,12 @@ from irl_ops.jax.linear import (
 )
 from irl_ops.jax.losses import iqlearn_loss, mle_loss, online_iqlearn_loss
 from irl_ops.jax.tokens import TokenStats, token_stats
+from irl_ops.jax.value_loss import iq_value_loss
 
 __all__ = [
     "TokenStats",
     "available_backends",
+    "iq_value_loss",
     "iqlearn_loss",
     "linear_iqlearn_loss",
     "linear_mle_loss",

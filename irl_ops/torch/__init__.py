@@ -10,12 +10,14 @@ from irl_ops.torch.linear import (
 from irl_ops.torch.losses import iqlearn_loss, mle_loss, online_iqlearn_loss
 from irl_ops.torch.modules import IQLearnLoss, LinearIQLearnLoss
 from irl_ops.torch.tokens import TokenStats, token_stats
+from irl_ops.torch.value_loss import iq_value_loss
 
 __all__ = [
     "IQLearnLoss",
     "LinearIQLearnLoss",
     "TokenStats",
     "available_backends",
+    "iq_value_loss",
     "iqlearn_loss",
     "linear_iqlearn_loss",
     "linear_mle_loss",

@@ -3,6 +3,9 @@
 from .mutant import ALGEBRA, CASES, CHUNKS, REFERENCE, TERMS, Mutant, algebra, on
 
 SHARDS = "tests/algebra/test_shards.py::"
+VALUE_LOSS = "tests/torch/test_value_loss.py::test_loss_and_gradient"
+ADVANTAGES = "tests/algebra/test_actor_critic.py::test_advantages_are_those_of_a_loop"
+POLICY = "tests/algebra/test_actor_critic.py::test_policy_rows"
 
 MUTANTS = [
     algebra(
@@ -219,5 +222,31 @@ MUTANTS = [
         "where_from = xp.argsort(order, axis=-1)",
         "where_from = order",
         f"{SHARDS}test_rows_in_the_order_of_the_sequence_and_back",
+        "value objective: samples are imitated",
+        ALGEBRA,
+        "xp.where(used & (shares.mle != 0), -shares.mle * reward, 0.0)",
+        "xp.where(used, -(shares.mle + shares.td) * reward, 0.0)",
+        VALUE_LOSS,
+    ),
+    Mutant(
+        "value objective: the semi-gradient stops in V - gamma V' as well",
+        ALGEBRA,
+        "drop = reward - logprob",
+        "drop = (reward if stop_gradient is None else stop_gradient(reward)) - logprob",
+        VALUE_LOSS,
+    ),
+    Mutant(
+        "advantages run across the end of an episode",
+        ALGEBRA,
+        "factor = gamma * decay * xp.astype(follows, total.dtype)",
+        "factor = gamma * decay * xp.ones_like(total)",
+        ADVANTAGES,
+    ),
+    Mutant(
+        "PPO's clip holds nothing",
+        ALGEBRA,
+        "-xp.minimum(ratio * advantage,",
+        "-xp.maximum(ratio * advantage,",
+        POLICY,
     ),
 ]

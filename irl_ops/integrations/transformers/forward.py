@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from irl_ops.integrations.transformers.fused import (
     ACCEPTED,
     LinearLogits,
     UnstoredLogits,
+    input_of,
     unstored_logits,
     without_logits,
 )
 from irl_ops.integrations.transformers.loss import BATCH_OPTIONS, Loss
+from irl_ops.integrations.transformers.value_head import NAME, values_of
 
 # What no forward names and Transformers still understands, beside ``labels``.
 EVERYWHERE = {*TransformersKwargs.__annotations__, "shift_labels", "return_dict", "use_cache"}
@@ -38,6 +42,7 @@ class ModelLoss(Loss):
         chosen: a trainer has said so, and takes it back where the model does more with them.
         unstored: this forward stores none.
         aligned: a batch has shown that its labels are not shifted yet.
+        values: during a forward, the values of a value head, where the model has one.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -50,6 +55,7 @@ class ModelLoss(Loss):
         self.chosen = False
         self.unstored = False
         self.aligned = False
+        self.values: Callable[[], Tensor | None] | None = None
 
     def choose(self, fused_linear: bool) -> None:
         """What a trainer thinks best, where the user has not said."""
@@ -85,6 +91,8 @@ class ModelLoss(Loss):
                 "fused_linear=True: the loss was given logits that the module of "
                 f"model.get_output_embeddings() has not made; {ACCEPTED}"
             )
+        if self.values is not None and batch.get("values") is None:
+            batch["values"] = self.values()
         return super().compute(logits, labels, num_items, **batch)
 
 
@@ -184,11 +192,26 @@ class IQLearnForward:
             self.loss.unstored = False
 
     def _with_labels(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
-        aligned = self.model.config.is_encoder_decoder
-        return self._aligned(inputs, batch) if aligned else self._shifted(inputs, batch)
+        run = self._aligned if self.model.config.is_encoder_decoder else self._shifted
+        with self._value_head():
+            return run(inputs, batch)
 
     def _positional(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self.names[: len(args)], args, strict=True))
+
+    @contextmanager
+    def _value_head(self) -> Iterator[None]:
+        """While it lasts, the loss can ask for the values of the states that it is computed of."""
+        if getattr(self.model, NAME, None) is None:
+            yield
+            return
+        layer: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        with input_of(layer) as seen:
+            self.loss.values = lambda: values_of(self.model, seen[0])
+            try:
+                yield
+            finally:
+                self.loss.values = None
 
     def _inner(self, **inputs: Any) -> Any:
         if self.earlier is not None:

@@ -296,6 +296,21 @@ def unstored_logits(model: Any) -> Iterator[None]:
             module._modules[name] = layer
 
 
+@contextmanager
+def input_of(layer: Any) -> Iterator[list[Tensor]]:
+    """While it lasts, keeps what ``layer`` was called with last."""
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: tuple[Tensor, ...]) -> None:
+        seen[:] = args[:1]
+
+    handle = layer.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def last_layer(model: Any) -> nn.Module:
     """The layer that makes the logits: ``nn.Linear``, or PEFT's trained copy of one.
 

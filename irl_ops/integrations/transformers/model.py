@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from irl_ops.integrations.transformers.forward import IQLearnForward, ModelLoss
 from irl_ops.integrations.transformers.fused import last_layer
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, IQLearnOptions, checked
+from irl_ops.integrations.transformers.value_head import add_value_head
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -19,6 +20,7 @@ def apply_iqlearn(
     model: Model,
     *,
     fused_linear: bool | None = None,
+    value_head: bool = False,
     **iqlearn_loss_options: Unpack[IQLearnOptions],
 ) -> Model:
     """Makes IQLearn the loss of a language model: ``model(**batch).loss`` and all built on it.
@@ -49,6 +51,12 @@ def apply_iqlearn(
     with its logits is read off at every forward: scales, soft caps, and biases before them are
     passed on to the loss; anything else is refused, and so is a loss that is given other logits.
 
+    With ``value_head=True`` the model gets a submodule ``value_head``, one number for each last
+    hidden state, which is V in the TD term (A.1.1): the loss is given ``values=value_head(hidden)``
+    wherever a batch holds none. It is 0 at first, trained and saved with the model, and read from
+    the checkpoint again when ``from_pretrained`` and ``apply_iqlearn(model, value_head=True)``
+    follow each other. Under PEFT it needs ``modules_to_save=["value_head"]``, and this call first.
+
     Args:
         model: a Transformers model with a language-modelling head, or a PEFT model around one. It
             is changed in place.
@@ -56,6 +64,8 @@ def apply_iqlearn(
             trainers decide, and they are stored elsewhere: in a Trainer to which an
             ``IQLearnCallback`` was attached, and in those of ``irl_ops.integrations.trl``, they are
             not, where the model allows it.
+        value_head: V is that of a linear head on the last hidden state, not of the logits. A head
+            that the model has stays in use when it is called again.
         **iqlearn_loss_options: ``lam``, ``gamma``, ``entropy_coef``, ``ignore_index``,
             ``eos_token_id``, ``boundary``, ``detach_next``, ``inplace`` and ``backend`` of
             ``irl_ops.torch.iqlearn_loss``, with its defaults; ``z_loss`` where it has that.
@@ -65,8 +75,9 @@ def apply_iqlearn(
 
     Raises:
         TypeError: ``model`` is something else, or an option is unknown or belongs to a batch.
-        ValueError: an option's value, ``nn.DataParallel``, or a model whose labels are neither
-            shifted nor those of an encoder-decoder.
+        ValueError: an option's value, ``nn.DataParallel``, a value head after PEFT or one that the
+            checkpoint has lost, or a model whose labels are neither shifted nor those of an
+            encoder-decoder.
         NotImplementedError: ``fused_linear=True`` where the output embeddings are not ``nn.Linear``
             (or PEFT's ``modules_to_save`` copy of one; LoRA on it is refused), or have hooks.
 
@@ -87,6 +98,8 @@ def apply_iqlearn(
         )
     if fused_linear:
         last_layer(base)
+    if value_head:
+        add_value_head(base)
     loss = applied_loss(base)
     if loss is None:
         loss = ModelLoss(options)

@@ -1,0 +1,81 @@
+"""The original IQ-Learn's objective of values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from irl_ops import algebra, terms
+from irl_ops.algebra import Weighting
+from irl_ops.jax.arguments import Array, arguments
+from irl_ops.jax.tokens import TokenStats
+
+
+def iq_value_loss(
+    stats: TokenStats,
+    is_expert: Array,
+    *,
+    alpha: float | Array = 0.1,
+    lam: float | Array = 0.01,
+    semi_gradient: bool = False,
+    token_weights: Array | None = None,
+    num_items: tuple[float | Array, float | Array] | None = None,
+) -> jax.Array:
+    r"""The value objective of the original IQ-Learn, on the outputs of ``token_stats``.
+
+    .. math:: L = -\mathbb{E}_E[r] + \mathbb{E}_{mix}[V - \gamma V']
+              + \lambda\,\mathbb{E}_{mix}[r^2],
+              \quad r = Q(s, a) - \gamma V', \quad mix = (1 - \alpha) E + \alpha B
+
+    E are demonstrations, B samples of the policy, and the chi^2-divergence gives r^2 its weight.
+    It is not the paper's Eq. 16: samples enter through their values as well, and log pi only
+    through Q = V + log pi. With ``semi_gradient=True`` no gradient flows through the V' in r; that
+    in V - gamma V' keeps its own. gamma is that of ``token_stats``; V' needs its gradient there
+    (``detach_next=False``). Means are over labelled rows, as in ``online_iqlearn_loss``; rows
+    without a TD term contribute nothing.
+
+    Args:
+        stats: of ``token_stats`` or ``linear_token_stats``; ``entropy=False`` will do.
+        is_expert: bool, one per sequence or one per row of ``stats``.
+        alpha: share of the samples in the mixture, in [0, 1); a number or a 0-d array.
+        lam: weight of r^2, 0 or more; a number or a 0-d array.
+        semi_gradient: no gradient through V' in r.
+        token_weights: float ``[..., T]``, w_t; 1 by default.
+        num_items: the pair (N_E, N_B): what sums are divided by. By default the sums of w over the
+            labelled rows of each group; an empty group contributes 0.
+
+    Returns:
+        The loss, a 0-d array of the statistics' dtype.
+
+    Raises:
+        TypeError, ValueError: as ``online_iqlearn_loss``.
+
+    Example:
+        >>> logits = jax.random.normal(jax.random.key(0), (2, 8, 100))
+        >>> stats = token_stats(logits, jnp.zeros((2, 8), int), gamma=0.9, entropy=False)
+        >>> iq_value_loss(stats, jnp.array([True, False])).shape
+        ()
+    """
+    arguments.check_flags("is_expert", is_expert, stats.kind)
+    arguments.check_switches(semi_gradient=semi_gradient)
+    given = {"alpha": alpha, "lam": lam}
+
+    def number(name: str, low: float, high: float, *, open_end: bool = False) -> Any:
+        return arguments.number(name, given[name], stats.kind, low, high, open_end=open_end)
+
+    weighting = arguments.weighting(stats.kind, Weighting(token_weights, num_items), pair=True)
+    rows: jax.Array = algebra.value_objective(
+        jnp,
+        stats.kind,
+        stats.value,
+        stats.logprob,
+        stats.reward,
+        terms.value_mixture(number, is_expert),
+        number("lam", 0.0, math.inf),
+        weighting,
+        jax.lax.stop_gradient if semi_gradient else None,
+    )
+    return rows.sum()
