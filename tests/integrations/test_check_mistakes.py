@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import irl_ops.jax
 import irl_ops.torch as irl
 from irl_ops.debug import CheckError, check
 
 from .. import naive
+from ..cases import sequences
 
 V, END = 19, 2
 RIGHT = {"lam": 0.3, "gamma": 0.9, "eos_token_id": END, "shift": True}
@@ -70,6 +73,37 @@ def test_our_own_loss_is_right(batch):
     assert report.ok, str(report)
     module = check(irl.IQLearnLoss(**RIGHT), batch, **RIGHT)
     assert module.ok, str(module)
+
+
+@st.composite
+def any_batch(draw):
+    """Logits, labels and options as the losses themselves are tested with."""
+    vocab, length = draw(st.sampled_from([5, 17])), draw(st.sampled_from([4, 9, 16]))
+    lead = draw(st.sampled_from([(), (2,), (3,)]))
+    labels, options = draw(sequences(vocab, lead, length))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    logits = 2 * torch.randn(*lead, length, vocab, generator=generator)
+    weights = torch.rand(labels.shape, generator=generator)
+    choices = {
+        "lam": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "gamma": draw(st.sampled_from([1.0, 0.9, 0.0])),
+        "token_weights": draw(st.sampled_from([None, weights])),
+        "entropy_coef": draw(st.sampled_from([0.0, 0.1])),
+        "softcap": draw(st.sampled_from([None, 3.0])),
+        "num_items": draw(st.sampled_from([None, 7])),
+        "detach_next": draw(st.booleans()),
+    }
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return logits.to(dtype), labels, options | choices
+
+
+@settings(max_examples=25)
+@given(any_batch())
+def test_a_right_loss_is_never_called_wrong(drawn):
+    logits, labels, options = drawn
+    call = functools.partial(irl.iqlearn_loss, **options)
+    report = check(call, {"logits": logits, "labels": labels}, **options)
+    assert report.ok, str(report)
 
 
 def unshifted(logits, labels, segment_ids):
@@ -142,6 +176,14 @@ def by_sequence(logits, labels, segment_ids):
     return sum(loss(*one) for one in both) / 2
 
 
+def by_sliced_rows(logits, labels, segment_ids):
+    return loss(logits, labels, segment_ids, num_items=labels[:, 1:].numel())
+
+
+def by_sequences(logits, labels, segment_ids):
+    return loss(logits, labels, segment_ids, num_items=len(labels))
+
+
 def times_ranks(logits, labels, segment_ids):
     return 4 * loss(logits, labels, segment_ids)
 
@@ -173,6 +215,8 @@ MISTAKES = {
     "default gamma": (default_gamma, "terms", "gamma is 1.0, the default"),
     "summed": (summed, "normaliser", "not divided by N"),
     "by all rows": (by_all_rows, "normaliser", "divided by all 64 rows"),
+    "by sliced rows": (by_sliced_rows, "normaliser", "rows of sliced sequences"),
+    "by sequences": (by_sequences, "normaliser", "by the number of sequences"),
     "by sequence": (by_sequence, "normaliser", "each sequence is averaged by itself"),
     "times ranks": (times_ranks, "ranks", "multiplied by the number of ranks"),
     "over steps": (over_steps, "accumulation", "divided by the number of micro-batches"),
@@ -225,6 +269,8 @@ def test_num_items(batch):
     assert check(loss, batch | {"num_items": 100}, **RIGHT).ok
     own = check(loss, batch, num_items=100, **RIGHT)
     assert "the batch's own" in own.wrong[0].words, str(own)
+    ranks = check(loss, batch, num_items=100, world_size=2, **RIGHT)
+    assert any("each rank divides by its own" in row.words for row in ranks.wrong), str(ranks)
     twice = check(lambda *a, **k: loss(*a, **k) / 100, batch, num_items=100, **RIGHT)
     assert wrong(twice) == {"normaliser"}, str(twice)
 
