@@ -226,7 +226,7 @@ class LinearIQLearnLoss(ChunkedLossWrapper):
                 hidden, layer.weight, labels, return_metrics=True, bias=layer.bias, **options
             )
             found.append(metrics)
-            return loss
+            return loss.clone()  # FSDP hangs a hook on it, which a view would lose
 
         earlier = vars(layer).get("forward")
         vars(layer)["forward"] = forward

@@ -108,7 +108,8 @@ class UnstoredLogits(Tensor):
         made = self.made
 
         def of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-            return lambda hidden: compute(_logits(made, linear, hidden))
+            # a clone: FSDP hangs a hook on it, which a view would lose where a Trainer scales it
+            return lambda hidden: compute(_logits(made, linear, hidden)).clone()
 
         with ExitStack() as stack:
             for linear in linears(made.layer):
