@@ -174,6 +174,20 @@ def read_token_loss(
     return stats, arguments.weighting(stats.kind, weighting, False)
 
 
+def read_vocab(caller: str, made: type, logits: Any, vocab_size: Any) -> int:
+    """The number of tokens: that of the logits' columns, which statistics don't hold."""
+    if vocab_size is None:
+        if isinstance(logits, made):
+            raise TypeError(
+                f"{caller}: vocab_size is missing; accepted: an int beside statistics, which don't "
+                "hold it"
+            )
+        return int(logits.shape[-1])
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size!r}; accepted: an int of 1 or more, or None")
+    return vocab_size
+
+
 def _number(
     arguments: Arguments,
     logits: Any,

@@ -116,9 +116,7 @@ class TokenLossOptions(SequenceOptions[Array], ReadoutOptions[Array], total=Fals
     backend: str
 
 
-class RewardOptions(
-    SequenceOptions[Array], HeadOptions[Array], ReadoutOptions[Array], total=False
-):
+class RewardOptions(SequenceOptions[Array], HeadOptions[Array], ReadoutOptions[Array], total=False):
     """Of ``endogenous_reward``."""
 
     gamma: float | Array

@@ -50,9 +50,7 @@ def dft(xp: Any, logprob: Array, fixed: Fixed) -> Array:
     return -fixed(xp.exp(logprob)) * finite
 
 
-def eaft(
-    xp: Any, logprob: Array, entropy: Array, vocab: int, alpha: Scalar, fixed: Fixed
-) -> Array:
+def eaft(xp: Any, logprob: Array, entropy: Array, vocab: int, alpha: Scalar, fixed: Fixed) -> Array:
     """-sg((H / log V)^alpha) log p; a weight of 0 silences log p = -inf."""
     gate = fixed(entropy / (math.log(vocab) if vocab > 1 else 1.0)) ** alpha
     return -gate * xp.where(gate != 0, logprob, 0.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from irl_ops.algebra import token_losses
 from irl_ops.algebra.token_losses import Scored
-from irl_ops.call import read_token_loss
+from irl_ops.call import read_token_loss, read_vocab
 from irl_ops.options import RewardOptions, TokenLossOptions, signature
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.tokens import TokenStats, token_stats
@@ -100,7 +100,7 @@ def eaft_loss(
         >>> logits = torch.randn(2, 8, 100, requires_grad=True)
         >>> eaft_loss(logits, torch.randint(100, (2, 8)), alpha=1.0).backward()
     """
-    vocab = _vocab(logits, vocab_size)
+    vocab = read_vocab("eaft_loss", TokenStats, logits, vocab_size)
     rows = _rows("eaft_loss", logits, labels, dict(options), entropy=True)
     alpha = arguments.number("alpha", alpha, rows.share, 0.0, math.inf)
     gated = token_losses.eaft(xp, rows.logprob, rows.entropy, vocab, alpha, Tensor.detach)
@@ -121,8 +121,8 @@ def asft_loss(
     .. math:: L = \frac{1}{N} \sum_t w_t \left[ -\mathrm{sg}(p_t) \log p_t
               + \lambda (e^{d_t} - d_t - 1) \right], \qquad d_t = \log p^{ref}_t - \log p_t
 
-    The second term is the k3 estimate of the divergence from the reference at the label alone, for
-    which the reference's log-probabilities suffice. The paper sums KL(ref || p) over the vocabulary.
+    The second term is the k3 estimate of a divergence from the reference, at the label alone: the
+    reference's log-probabilities suffice. The paper sums KL(ref || p) over the vocabulary.
 
     Args:
         logits: ``[..., T, V]``, or ``TokenStats``; as all that is not named here: see ``dft_loss``.
@@ -257,16 +257,6 @@ def _given(name: str, x: Any, rows: Scored) -> Tensor:
     """Log-probabilities of another model; 0 where their row does not count."""
     arguments.check_given(name, x, rows.share)
     return xp.where(rows.share != 0, x.to(rows.share.dtype), 0.0)
-
-
-def _vocab(logits: Tensor | TokenStats, vocab_size: int | None) -> int:
-    if vocab_size is None:
-        if isinstance(logits, TokenStats):
-            raise TypeError("eaft_loss: vocab_size is missing; statistics don't hold it")
-        return logits.shape[-1]
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
-        raise ValueError(f"vocab_size is {vocab_size!r}; accepted: an int of 1 or more, or None")
-    return vocab_size
 
 
 def _averaged(rows: Scored, per_token: Tensor) -> Tensor:
