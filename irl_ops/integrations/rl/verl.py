@@ -60,9 +60,12 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(torch.nn.Module):
-    """Log-probabilities and entropies from hidden states, in chunks of ``chunk_size`` rows."""
+    """Log-probabilities and entropies from hidden states, in chunks of ``chunk_size`` rows.
 
-    def __init__(self, chunk_size: int = 512) -> None:
+    ``impl_backend``, which verl 0.9 has, changes nothing.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
         self.chunk_size = chunk_size
 
