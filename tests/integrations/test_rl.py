@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,3 +294,12 @@ def test_the_command_prints_lines_without_the_projects() -> None:
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert "trl_utils.selective_log_softmax = irl_trl.selective_log_softmax" in done.stdout
+
+
+@pytest.mark.parametrize("project", lines.LINES)
+def test_the_page_shows_the_lines_that_are_printed(
+    project: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "rl.md"
+    lines.main([project])
+    assert f"```python\n{capsys.readouterr().out}```" in page.read_text(encoding="utf-8")
