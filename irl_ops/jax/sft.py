@@ -45,6 +45,7 @@ def dft_loss(
         labels: ``[..., T]``.
         logit_scale: factor of the logits.
         softcap: bound of the logits, or None.
+        temperature: divides q.
         ignore_index: label of rows that carry none.
         where: bool ``[..., T]``.
         shift: logits[t] scores labels[t + 1].

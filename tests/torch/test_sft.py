@@ -133,12 +133,12 @@ def test_one_token_has_no_entropy() -> None:
 
 
 def test_readout() -> None:
-    """Scaled and soft-capped logits, as those of all losses."""
+    """Scaled and soft-capped logits, and a temperature, as those of all losses."""
     logits, labels = batch(2, 4)
-    bent = 3.0 * torch.tanh(0.5 * logits / 3.0)
+    bent = 3.0 * torch.tanh(0.5 * logits / 3.0) / 0.8
     for name in NAMES:
         ours = getattr(sft, name)(
-            logits, labels, logit_scale=0.5, softcap=3.0, **extra(name, labels)
+            logits, labels, logit_scale=0.5, softcap=3.0, temperature=0.8, **extra(name, labels)
         )
         plain, _ = naive_sft.loss(name, bent.double(), labels, **extra(name, labels))
         torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
