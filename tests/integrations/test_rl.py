@@ -211,7 +211,7 @@ def test_nemo_rl_pads_and_refuses() -> None:
     short = function(x, target[:, :4], 0, V, None)
     torch.testing.assert_close(short, function(x, target, 0, V, None)[:, :3])
     assert not function(x.requires_grad_(), target, 0, V, None, inference_only=True).requires_grad
-    with pytest.raises(ValueError, match="as far apart as the logits are wide, 300"):
+    with pytest.raises(ValueError, match="as there are columns here, 300"):
         function(x, target, 0, V - 1, None)
     two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     with pytest.raises(NotImplementedError, match="cp_group has 2 processes"):
@@ -228,11 +228,11 @@ def test_nemo_rl_from_hidden_states() -> None:
         lambda h, w: plain(h[:, :-1] @ w.T, target[:, 1:])[0],
         hidden, weight,
     )  # fmt: skip
-    two = SimpleNamespace(size=lambda: 2)
-    with pytest.raises(NotImplementedError, match="tp_group has 2 processes"):
-        function(hidden, weight, False, target, 0, V, two)
-    with pytest.raises(ValueError, match="accepted: 0 and 300"):
+    with pytest.raises(ValueError, match="as there are columns here, 300"):
         function(hidden, weight, False, target, 0, V + 1, None)
+    two = SimpleNamespace(size=lambda: 2)
+    with pytest.raises(NotImplementedError, match="cp_group has 2 processes"):
+        function(hidden, weight, False, target, 0, V, None, cp_group=two)
 
 
 def test_bad_labels_and_temperatures() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.integrations.rl.rows import columns, of_hidden, size_of
@@ -38,17 +39,12 @@ def from_parallel_logits_to_logprobs(
             sampler cannot draw count as -inf. The logits come divided by its temperature.
 
     Raises:
-        ValueError: columns that are not as many as the logits have.
+        ValueError: indices that are not as far apart as the logits are wide.
         NotImplementedError: a cp_group of more processes; sampling_params that filter logits whose
             columns are shared.
     """
     _refuse_context(cp_group)
-    width = vocab_parallel_logits.shape[-1]
-    if vocab_end_index - vocab_start_index != width:
-        raise ValueError(
-            f"vocab_start_index and vocab_end_index are {vocab_start_index} and {vocab_end_index}; "
-            f"accepted: as far apart as the logits are wide, {width}"
-        )
+    _check_width(vocab_start_index, vocab_end_index, vocab_parallel_logits.shape[-1])
     shared = columns(tp_group, vocab_start_index)
     keep = _drawn(vocab_parallel_logits, sampling_params, bool(shared))
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
@@ -77,33 +73,30 @@ def from_parallel_hidden_states_to_logprobs(
     """Log-probabilities of the next tokens ``[B, S - 1]``, from hidden states.
 
     Args:
-        tensor_parallel_hidden_states: ``[S, B, D]``, Megatron's order.
-        output_weight_layer: ``[V, D]``.
+        tensor_parallel_hidden_states: ``[S, B, D]``, Megatron's order; of the sequence, this
+            process has an equal part.
+        output_weight_layer: ``[V, D]``; of its rows, this process has those from
+            vocab_start_index up to vocab_end_index.
         runtime_gather_output: changes nothing, as in the original.
         target: ``[B, S]``, not shifted.
-        vocab_start_index: 0.
-        vocab_end_index: V.
-        tp_group: of one process.
+        vocab_start_index: the first row here.
+        vocab_end_index: the one behind the last.
+        tp_group: the processes that share the sequence and the vocabulary.
         inference_only: no gradient will be asked for.
         cp_group: of one process, or None.
         chunk_size: rows per chunk, or None.
 
     Raises:
-        ValueError: columns that are not as many as the weight has rows.
-        NotImplementedError: groups of more processes.
+        ValueError: indices that are not as far apart as the weight has rows.
+        NotImplementedError: a cp_group of more processes.
     """
     _refuse_context(cp_group)
-    if size_of(tp_group) != 1:
-        raise NotImplementedError(
-            f"irl_ops: tp_group has {size_of(tp_group)} processes, among which hidden states are "
-            "split along the sequence; accepted: one, or from_parallel_logits_to_logprobs"
-        )
-    if (vocab_start_index, vocab_end_index) != (0, output_weight_layer.shape[0]):
-        raise ValueError(
-            f"vocab_start_index and vocab_end_index are {vocab_start_index} and {vocab_end_index}; "
-            f"accepted: 0 and {output_weight_layer.shape[0]}, the rows of the weight"
-        )
-    hidden = tensor_parallel_hidden_states.transpose(0, 1)
+    _check_width(vocab_start_index, vocab_end_index, output_weight_layer.shape[0])
+    shared = columns(tp_group, vocab_start_index)
+    hidden = tensor_parallel_hidden_states
+    if shared:
+        hidden = _Gathered.apply(hidden, shared["vocab_group"])  # type: ignore[no-untyped-call]
+    hidden = hidden.transpose(0, 1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
         logprobs, _ = of_hidden(
             hidden,
@@ -111,6 +104,7 @@ def from_parallel_hidden_states_to_logprobs(
             _next(target, hidden),
             entropy=False,
             chunk_size=chunk_size,
+            **shared,
         )
     return logprobs[:, : target.shape[1] - 1]
 
@@ -120,6 +114,31 @@ def _next(target: Tensor, rows: Tensor) -> Tensor:
     ahead = torch.full(rows.shape[:2], -100, dtype=torch.int64, device=target.device)
     ahead[:, : target.shape[1] - 1] = target[:, 1:]
     return ahead
+
+
+class _Gathered(torch.autograd.Function):
+    """Hidden states of the whole sequence; the gradient of each is the same in all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        """The parts behind each other."""
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        dist.all_gather(parts, part.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+        """The part that is here."""
+        return above.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def _check_width(start: int, end: int, width: int) -> None:
+    if end - start != width:
+        raise ValueError(
+            f"vocab_start_index and vocab_end_index are {start} and {end}; accepted: as far apart "
+            f"as there are columns here, {width}"
+        )
 
 
 def _refuse_context(group: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from irl_ops.integrations.rl.rows import columns, entropy_of
@@ -29,7 +30,7 @@ def calculate_log_probs_and_entropy(
         chunk_size: changes nothing: no row of probabilities is stored.
         log_prob_keep_mask: bool of the logits' shape, or None: the columns that the sampler could
             draw. The token itself always counts as one. Entropies are of all columns, for which
-            the logits are read once more.
+            the logits are read once more. Where processes share the columns, the logits are copied.
         with_entropy_grad: whether the entropies can be differentiated.
 
     Returns:
@@ -43,13 +44,20 @@ def calculate_log_probs_and_entropy(
         stats = token_stats(
             logits, tokens, entropy=with_entropy, entropy_grad=with_entropy_grad, **shared
         )
-        return stats.logprob[:, None], stats.entropy
+        entropy = stats.entropy
+        if entropy is not None and not with_entropy_grad:
+            entropy = entropy.detach()
+        return stats.logprob[:, None], entropy
     kept = _with_tokens(log_prob_keep_mask, tokens, shared)
-    stats = token_stats(logits, tokens, keep_mask=kept, entropy=False, **shared)
-    entropy = None
-    if with_entropy:
-        entropy = entropy_of(logits if with_entropy_grad else logits.detach(), **shared)
-    return stats.logprob[:, None], entropy
+    if shared:
+        filtered = logits.masked_fill(~kept, -torch.inf)
+        logprob = token_stats(filtered, tokens, entropy=False, **shared).logprob
+    else:
+        logprob = token_stats(logits, tokens, keep_mask=kept, entropy=False).logprob
+    if not with_entropy:
+        return logprob[:, None], None
+    whole = logits if with_entropy_grad else logits.detach()
+    return logprob[:, None], entropy_of(whole, **shared)
 
 
 def _with_tokens(keep: Tensor, tokens: Tensor, shared: dict[str, Any]) -> Tensor:
