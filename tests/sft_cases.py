@@ -42,7 +42,7 @@ def sft_cases(draw: Any, vocab: int | None = None) -> SFTCase:
         key, choices = CHOICES[name]
         options[key] = number(draw, *choices)
     if name in naive_sft.OTHER:
-        other = -3 * torch.rand(shape, generator=generator)
+        other = -8 * torch.rand(shape, generator=generator)
         options[naive_sft.OTHER[name]] = other.to(draw(st.sampled_from(DTYPES)))
     if rarely(draw, 3):
         weights = torch.randn(shape, generator=generator).abs()
