@@ -41,9 +41,7 @@ def calculate_log_probs_and_entropy(
         return empty, empty.clone() if with_entropy else None
     shared = columns(tp_group)
     if log_prob_keep_mask is None:
-        stats = token_stats(
-            logits, tokens, entropy=with_entropy, entropy_grad=with_entropy_grad, **shared
-        )
+        stats = token_stats(logits, tokens, entropy=with_entropy, **shared)
         entropy = stats.entropy
         if entropy is not None and not with_entropy_grad:
             entropy = entropy.detach()
