@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +101,29 @@ def loss_milliseconds(
 
 
 def loss_megabytes(model: PreTrainedModel, batch: Batch) -> float:
-    """Measure the most memory that the loss and its gradient hold at once, beside the logits.
-
-    On a CPU from torch's own allocation events: the resident size of the process says little, as
-    freed memory is kept for reuse.
-    """
+    """Measure the most memory that the loss and its gradient hold at once, beside the logits."""
     logits, labels = logits_of(model, batch)
     if logits.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         loss_and_gradient(model, logits, labels)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return held_megabytes(lambda: loss_and_gradient(model, logits, labels))
+
+
+def held_megabytes(call: Callable[[], Any]) -> float:
+    """Measure the most memory that a call on a CPU holds at once.
+
+    From torch's own allocation events: the resident size of the process says little, as freed
+    memory is kept for reuse.
+    """
     with (
         silent_stderr(),
         torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile,
     ):
-        loss_and_gradient(model, logits, labels)
+        call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))

@@ -123,6 +123,11 @@ class Arguments:
             first = second = self.number("num_items", items, labels, 0, math.inf)
         return given._replace(num_items=(first, second))
 
+    def check_given(self, name: str, x: Any, labels: Any) -> None:
+        """Floats ``[..., T]`` that another model computed, or this one before."""
+        self._check_rows(name, x, labels, self.weights)
+        self.check_constant(name, x)
+
     def heads(self, labels: Any, given: Heads) -> Heads:
         """The arrays of values, float ``[..., T]``."""
         self.check_switches(detach_next=given.detach_next)

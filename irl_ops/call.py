@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from irl_ops.algebra.options import Heads, Sequence, Terms, Weighting
 from irl_ops.arguments import Arguments
 from irl_ops.measures import Measures
-from irl_ops.options import DEFAULTS, refuse
+from irl_ops.options import DEFAULTS, TokenLossOptions, names_in, refuse
 from irl_ops.readout import PLAIN, Readout
 
 
@@ -126,6 +126,66 @@ def read_stats(
         refuse(caller, list(options), group)
     arguments.check_switches(entropy=entropy)
     return StatsCall(gamma, sequence, heads, entropy, backend, readout, measures)
+
+
+def read_token_loss(
+    caller: str,
+    arguments: Arguments,
+    token_stats: Callable[..., Any],
+    made: type,
+    logits: Any,
+    labels: Any,
+    options: dict[str, Any],
+    entropy: bool = False,
+) -> tuple[Any, Weighting]:
+    """The statistics that a loss is a function of, and how its rows are averaged.
+
+    Args:
+        caller: name of the public function, for messages.
+        arguments: the framework's checks.
+        token_stats: the framework's function.
+        made: what it returns, ``TokenStats``.
+        logits: ``[..., T, V]``; or statistics, of which ``labels`` and the options that go with
+            them are part.
+        labels: ``[..., T]``.
+        options: what the user gave; emptied.
+        entropy: whether the loss needs it.
+    """
+    unknown = [name for name in options if name not in names_in(TokenLossOptions)]
+    if unknown:
+        refuse(caller, unknown, TokenLossOptions)
+    weighting = _take(options, Weighting)
+    if isinstance(logits, made):
+        given = [*options, *(["labels"] if labels is not None else [])]
+        if given:
+            raise TypeError(
+                f"{caller}: {', '.join(given)} beside statistics; accepted: those of how rows are "
+                f"averaged ({', '.join(Weighting._fields)}), the others in the call that made them"
+            )
+        stats: Any = logits
+    elif labels is None:
+        raise TypeError(f"{caller}: labels are missing; accepted: logits and labels, or TokenStats")
+    else:
+        stats = token_stats(logits, labels, entropy=entropy, **options)
+    if entropy and stats.entropy is None:
+        raise ValueError(
+            f"{caller}: the statistics have no entropy; accepted: those made with entropy=True"
+        )
+    return stats, arguments.weighting(stats.kind, weighting, False)
+
+
+def read_vocab(caller: str, made: type, logits: Any, vocab_size: Any) -> int:
+    """The number of tokens: that of the logits' columns, which statistics don't hold."""
+    if vocab_size is None:
+        if isinstance(logits, made):
+            raise TypeError(
+                f"{caller}: vocab_size is missing; accepted: an int beside statistics, which don't "
+                "hold it"
+            )
+        return int(logits.shape[-1])
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size!r}; accepted: an int of 1 or more, or None")
+    return vocab_size
 
 
 def _number(

@@ -107,6 +107,22 @@ class ParallelOptions(TypedDict, Generic[Array], total=False):
     sequence_order: Array | None
 
 
+class TokenLossOptions(SequenceOptions[Array], ReadoutOptions[Array], total=False):
+    """Of the losses that are a function of each token's statistics."""
+
+    token_weights: Array | None
+    num_items: float | Array | None
+    reduction: Reduction
+    backend: str
+
+
+class RewardOptions(SequenceOptions[Array], HeadOptions[Array], ReadoutOptions[Array], total=False):
+    """Of ``endogenous_reward``."""
+
+    gamma: float | Array
+    backend: str
+
+
 class LayerOptions(TypedDict, Generic[Array], total=False):
     """Of losses that compute the logits themselves: the layer, and how its chunks are added up."""
 
@@ -172,17 +188,24 @@ DEFAULTS: dict[str, Any] = {
 
 
 def signature(options: type) -> Callable[[Function], Function]:
-    """Shows the options of that group in the place of ``**options``."""
+    """Shows the options of that group in the place of ``**options``.
+
+    An option that the function names itself keeps the default that it has there.
+    """
     group: Any = options
 
     def show(function: Function) -> Function:
         plain = inspect.signature(function)
         named = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
         types = {p.name: p.annotation for p in named} | names_in(group)
-        shown = [p for p in named if p.kind is not p.KEYWORD_ONLY]
+        own = {p.name: p.default for p in named if p.kind is p.KEYWORD_ONLY}
+        shown = [p for p in named if p.name not in own or p.name not in DEFAULTS]
         shown += [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name]
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=own.get(name, default),
+                annotation=types[name],
             )
             for name, default in DEFAULTS.items()
             if name in types and name not in {p.name for p in shown}

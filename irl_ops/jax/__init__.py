@@ -1,5 +1,6 @@
 """The losses for JAX. ``import irl_ops.jax as irl``, then ``irl.iqlearn_loss(...)``."""
 
+from irl_ops.jax import sft as sft
 from irl_ops.jax.backends import available_backends
 from irl_ops.jax.linear import (
     linear_iqlearn_loss,

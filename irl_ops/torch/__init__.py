@@ -1,5 +1,6 @@
 """The losses for PyTorch. ``import irl_ops.torch as irl``, then ``irl.iqlearn_loss(...)``."""
 
+from irl_ops.torch import sft as sft
 from irl_ops.torch.backends import available_backends
 from irl_ops.torch.linear import (
     linear_iqlearn_loss,

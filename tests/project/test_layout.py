@@ -115,6 +115,8 @@ def test_imports_point_one_way(pattern, forbidden):
         ("irl_ops.jax", FRAMEWORKS - {"jax", "jaxlib"}),
         ("irl_ops.debug", FRAMEWORKS),
         ("irl_ops.integrations.maxtext", FRAMEWORKS - {"jax", "jaxlib"}),
+        ("irl_ops.integrations.rl", FRAMEWORKS - {"torch", "triton"}),
+        ("irl_ops.integrations.rl_jax", FRAMEWORKS - {"jax", "jaxlib"}),
     ],
 )
 def test_import_loads_no_more_than_it_needs(module, absent):

@@ -1,13 +1,16 @@
 """irl_ops.jax has the functions of irl_ops.torch, with the same arguments."""
 
+import importlib
 import inspect
 from typing import Any
 
 import pytest
 
 import irl_ops.torch as irl
+from irl_ops.torch import sft
 
 jax = pytest.importorskip("irl_ops.jax", reason="needs JAX")
+jax_sft = importlib.import_module("irl_ops.jax.sft")
 
 TORCH_ONLY = {  # torch.nn.Module has no counterpart; JAX's autodiff needs none
     name for name in irl.__all__ if isinstance(getattr(irl, name), type) and name.endswith("Loss")
@@ -41,6 +44,12 @@ def test_the_same_arguments(name: str) -> None:
         assert ours._field_defaults == theirs._field_defaults
     else:
         assert parameters(ours) == parameters(theirs)
+
+
+@pytest.mark.parametrize("name", sft.__all__)
+def test_the_same_arguments_of_losses_for_fine_tuning(name: str) -> None:
+    assert jax_sft.__all__ == sft.__all__
+    assert parameters(getattr(sft, name)) == parameters(getattr(jax_sft, name))
 
 
 @pytest.mark.parametrize("name", [name for name in SHARED if name.endswith(("_loss", "_stats"))])

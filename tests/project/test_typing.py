@@ -14,6 +14,7 @@ from torch import Tensor
 
 import irl_ops.torch as irl
 from irl_ops.integrations.transformers import apply_iqlearn
+from irl_ops.torch import sft
 
 logits, labels = torch.randn(2, 8, 100, requires_grad=True), torch.randint(100, (2, 8))
 offline: Tensor = irl.iqlearn_loss(logits, labels, shift=True, lam=0.1)
@@ -23,6 +24,8 @@ value, metrics = irl.mle_loss(logits, labels, return_metrics=True)
 linear: Tensor = irl.linear_mle_loss(logits, torch.randn(9, 100), labels, chunk_size=4)
 module = irl.IQLearnLoss(lam=0.1, gamma=torch.tensor(0.9), boundary="drop")
 reward: Tensor = irl.token_stats(logits, labels, gamma=0.9).reward
+weighted: Tensor = sft.eaft_loss(logits, labels, shift=True, alpha=0.5)
+weighted = sft.dft_loss(irl.linear_token_stats(logits, torch.randn(9, 100), labels), num_items=3)
 """
 
 WRONG = """
