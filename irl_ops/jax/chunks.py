@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from irl_ops import algebra
+from irl_ops.jax import private
 from irl_ops.kernels import reference
 from irl_ops.readout import Readout
 
@@ -33,6 +34,20 @@ class Layer(NamedTuple):
     def flat(self) -> Layer:
         """With hidden states ``[N, D]``."""
         return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+    def alike(self, *others: Any) -> Layer:
+        """With types that vary over the axes of a ``shard_map`` that any of these vary over.
+
+        Where a part is the same on all devices of an axis, its gradient is summed over them, once.
+        """
+        hidden, weight, bias = self
+        for other in jax.tree.leaves((self, others)):
+            hidden = private.varying(hidden, other)
+        return Layer(
+            hidden,
+            private.varying(weight, hidden),
+            None if bias is None else private.varying(bias, hidden),
+        )
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -98,7 +113,10 @@ class Sums(NamedTuple):
             return jnp.zeros_like(x if accumulate == "weight" else _wide(x))
 
         bias = None if layer.bias is None else jnp.zeros_like(_wide(layer.bias))
-        return cls(like(layer.weight), bias)
+        zeros: Sums = jax.tree.map(
+            lambda x: private.varying(x, layer.hidden), cls(like(layer.weight), bias)
+        )
+        return zeros
 
     def add(self, dx: jax.Array, hidden: jax.Array, layer: Layer) -> tuple[Sums, jax.Array]:
         """With a chunk's, and the gradient of its hidden states."""
@@ -140,6 +158,9 @@ class Linear:
         """The gradients of the layer, and what was finished."""
         layer, kernels, readout = self.layer.flat(), self.kernels, self.readout.keywords
 
+        def like(x: jax.Array) -> jax.Array:
+            return private.varying(x, layer.hidden)
+
         def body(carry: Carry, start: Any, size: int) -> tuple[Carry, Any]:
             def window(x: Any) -> Any:
                 if x is None:
@@ -166,7 +187,7 @@ class Linear:
 
             def skip(carry: Carry) -> tuple[Carry, Any]:
                 out = jax.eval_shape(work, carry)[1]
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+                zeros = jax.tree.map(lambda x: like(jnp.zeros(x.shape, x.dtype)), out)
                 return (carry[0], nothing), zeros
 
             if not self.drop:
@@ -176,7 +197,7 @@ class Linear:
             made: tuple[Carry, Any] = lax.cond(needed, work, skip, carry)
             return made
 
-        nothing = jnp.zeros(1, given.beta.dtype)
+        nothing = like(jnp.zeros(1, given.beta.dtype))
         carry = (Sums.zeros(layer, self.accumulate), nothing)
         (sums, _), (dhidden, done) = backwards(body, carry, labels.size, self.chunk)
         done = jax.tree.map(lambda x: x.reshape(labels.shape), done)
@@ -233,7 +254,10 @@ def row_grad(
             return work(sums)
         wanted = jnp.any((seen[3] != 0) | (seen[4] != 0) | (seen[5] != 0))
         made: tuple[Sums, jax.Array] = lax.cond(
-            wanted, work, lambda sums: (sums, jnp.zeros_like(hidden)), sums
+            wanted,
+            work,
+            lambda sums: (sums, private.varying(jnp.zeros_like(hidden), hidden)),
+            sums,
         )
         return made
 

@@ -14,6 +14,7 @@ from irl_ops.jax.backends import BACKENDS, dispatch
 from irl_ops.jax.chunks import Layer, Linear, Sums
 from irl_ops.jax.rows import RowStats, once, row_coefficients
 from irl_ops.jax.scalar_loss import Given, Metrics, transition
+from irl_ops.jax.shards import Columns, Rows
 from irl_ops.readout import PLAIN, Readout
 
 
@@ -30,7 +31,9 @@ class Form(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def row_stats(form: Form, entropy: bool, layer: Layer, labels: jax.Array) -> RowStats:
+def row_stats(
+    form: Form, entropy: bool, layer: Layer, labels: jax.Array, columns: Columns
+) -> RowStats:
     """``(row_max, logsum, label_logit, entropy)``; as ``irl_ops.jax.rows.row_stats``."""
 
     def by(name: str) -> Any:
@@ -40,22 +43,24 @@ def row_stats(form: Form, entropy: bool, layer: Layer, labels: jax.Array) -> Row
 
         return run
 
-    stats: RowStats = dispatch(form.backend, by, layer, labels)
+    own = columns.own(labels, layer.weight.shape[0])
+    stats: RowStats = columns.merged(labels, dispatch(form.backend, by, layer, own))
     return stats
 
 
 def _stats_forward(
-    form: Form, entropy: bool, layer: Layer, labels: jax.Array
+    form: Form, entropy: bool, layer: Layer, labels: jax.Array, columns: Columns
 ) -> tuple[RowStats, Any]:
     layer = jax.tree.map(once, layer)
-    stats = row_stats(form, entropy, layer, labels)
-    return stats, (layer, labels, stats)
+    stats = row_stats(form, entropy, layer, labels, columns)
+    return stats, (layer, labels, columns, stats)
 
 
 def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tuple[Any, ...]:
-    layer, labels, (row_max, logsum, _, h) = kept
-    _, dlogsum, dlabel_logit, dh = above
-    vectors = labels, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
+    layer, labels, columns, (row_max, logsum, _, h) = kept
+    dlogsum, dlabel_logit, dh = columns.above(*above[1:])
+    own = columns.own(labels, layer.weight.shape[0])
+    vectors = own, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
 
     def by(name: str) -> Any:
         def run(layer: Layer, *vectors: jax.Array) -> Any:
@@ -67,15 +72,18 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
         return run
 
     dhidden, sums = dispatch(form.backend, by, layer, *vectors)
-    return _layer(dhidden, sums, 1.0), None
+    return _layer(dhidden, sums, 1.0), None, None
 
 
 row_stats.defvjp(_stats_forward, _stats_backward)
 
 
-def statistics(form: Form, entropy: bool, layer: Layer, rows: algebra.Rows) -> algebra.Statistics:
-    """Row statistics, differentiable."""
-    return algebra.statistics(jnp, rows.labels, *row_stats(form, entropy, layer, rows.labels))
+def statistics(
+    form: Form, entropy: bool, layer: Layer, rows: algebra.Rows, own: Rows, columns: Columns
+) -> algebra.Statistics:
+    """Row statistics of whole sequences, differentiable."""
+    found = row_stats(form, entropy, layer, own.own(rows.labels), columns)
+    return algebra.statistics(jnp, rows.labels, *own.whole(found))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,7 +95,7 @@ def linear_loss(
     loss: algebra.Objective,
 ) -> tuple[jax.Array, Metrics]:
     """The summed loss, differentiable by layer and values, and the metrics, which are constants."""
-    stats = statistics(form, loss.entropy_coef is not None, layer, rows)
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows, Rows(), Columns())
     step = transition(rows, stats, loss.gamma, algebra.Heads(*given, form.detach_next))
     total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     metrics = algebra.metrics(jnp, rows.kind, loss, stats, step) if form.metrics else None

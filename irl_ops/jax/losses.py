@@ -10,7 +10,8 @@ from irl_ops import terms
 from irl_ops.call import read_loss
 from irl_ops.jax.arguments import Array, arguments
 from irl_ops.jax.forward import Loss, loss_of
-from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, signature
+from irl_ops.jax.options import IQLearnOptions, MLEOptions, OnlineOptions
+from irl_ops.options import signature
 
 
 @overload
@@ -137,17 +138,18 @@ def iqlearn_loss(
         >>> loss, dlogits = jax.value_and_grad(iqlearn_loss)(logits, labels, lam=0.1)
     """
     given = dict(options)
+    checks = arguments.over(given)
     call = read_loss(
         "iqlearn_loss",
         IQLearnOptions,
-        arguments,
+        checks,
         terms.iqlearn,
         logits,
         labels,
         given,
         return_metrics,
     )
-    return loss_of(call, logits, labels)
+    return loss_of(call, checks.parallel, logits, labels)
 
 
 @overload
@@ -203,10 +205,11 @@ def mle_loss(
         >>> dlogits = jax.grad(mle_loss)(logits, labels, entropy_coef=0.01)
     """
     given = dict(options)
+    checks = arguments.over(given)
     call = read_loss(
-        "mle_loss", MLEOptions, arguments, terms.mle, logits, labels, given, return_metrics
+        "mle_loss", MLEOptions, checks, terms.mle, logits, labels, given, return_metrics
     )
-    return loss_of(call, logits, labels)
+    return loss_of(call, checks.parallel, logits, labels)
 
 
 @overload
@@ -297,10 +300,11 @@ def online_iqlearn_loss(
         >>> dlogits = jax.grad(online_iqlearn_loss)(logits, labels, is_expert)
     """
     given = dict(options)
+    checks = arguments.over(given)
     call = read_loss(
         "online_iqlearn_loss",
         OnlineOptions,
-        arguments,
+        checks,
         terms.online_iqlearn,
         logits,
         labels,
@@ -308,4 +312,4 @@ def online_iqlearn_loss(
         return_metrics,
         is_expert,
     )
-    return loss_of(call, logits, labels)
+    return loss_of(call, checks.parallel, logits, labels)

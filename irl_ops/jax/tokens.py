@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from irl_ops.call import read_stats
 from irl_ops.jax.arguments import Array, arguments
-from irl_ops.jax.program import computed_in, heads_of, join, part, rows_of
+from irl_ops.jax.options import StatsOptions
+from irl_ops.jax.program import computed_in, heads_of, join, part, whole
 from irl_ops.jax.scalar_loss import statistics, transition
-from irl_ops.options import StatsOptions, signature
+from irl_ops.options import signature
 
 
 class TokenStats(NamedTuple):
@@ -82,19 +83,21 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
         >>> stats.reward.shape
         (2, 8)
     """
-    call = read_stats("token_stats", StatsOptions, arguments, logits, labels, dict(options))
-    static, traced = part(call, logits)
+    given = dict(options)
+    checks = arguments.over(given)
+    call = read_stats("token_stats", StatsOptions, checks, logits, labels, given)
+    static, traced = part(call, checks.parallel, logits)
     stats: TokenStats = _run(static, logits, labels, traced)
     return stats
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> TokenStats:
-    call, dtype = join(static, traced), computed_in(logits)
-    rows = rows_of(labels, logits.shape[-1], call.sequence)
-    stats = statistics(logits, rows, call.entropy, call.backend, call.readout)
+    placed, dtype = join(static, traced), computed_in(logits)
+    rows, call, own, columns = whole(labels, logits.shape[-1], placed)
+    stats = statistics(logits, rows, own, columns, call.entropy, call.backend, call.readout)
     step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
-    return TokenStats(
+    everywhere = TokenStats(
         step.value,
         stats.logprob,
         stats.entropy,
@@ -103,3 +106,5 @@ def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> Toke
         rows.kind,
         stats.correct,
     )
+    mine: TokenStats = own.own(everywhere)
+    return mine
