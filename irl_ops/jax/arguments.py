@@ -65,23 +65,26 @@ class JaxArguments(Arguments):
         axis, start, size, _, order = given
         if order is not None:
             self._check_array("sequence_order", order, self.integers)
-            if order.shape != labels.shape[-1:]:
+            if order.shape not in (labels.shape[-1:], labels.shape):
                 raise ValueError(
                     f"sequence_order has shape {list(order.shape)}; accepted: "
-                    f"{list(labels.shape[-1:])}, one index for each row that is here"
+                    f"{list(labels.shape[-1:])}, or {list(labels.shape)}: an index for each row "
+                    "that is here"
                 )
         if axis is None:
             return width
         if start is not None:
             self.number("vocab_start", start, labels, 0, BAD_LABEL)
-            if self.is_array(start) and start.dtype not in self.integers:
-                raise TypeError(f"vocab_start is {start.dtype}; accepted: int32, int64")
-        whole = width * jax.lax.axis_size(axis)
+            whole = start.dtype in self.integers if self.is_array(start) else start == int(start)
+            if not whole:
+                what = start.dtype if self.is_array(start) else repr(start)
+                raise TypeError(f"vocab_start is {what}; accepted: an int, or a 0-d int32 or int64")
+        most = width * jax.lax.axis_size(axis)
         if size is None:
-            return whole
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= whole:
+            return int(most)
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             raise ValueError(
-                f"vocab_size is {size!r}; accepted: an int from 1 to the {whole} columns of all "
+                f"vocab_size is {size!r}; accepted: an int from 1 to the {most} columns of all "
                 "devices, None"
             )
         return size

@@ -17,6 +17,7 @@ from jax import lax
 
 from irl_ops import algebra
 from irl_ops.jax import private
+from irl_ops.jax.shards import Columns
 from irl_ops.kernels import reference
 from irl_ops.readout import Readout
 
@@ -208,16 +209,17 @@ def row_stats(
     kernels: ModuleType,
     layer: Layer,
     labels: jax.Array,
+    columns: Columns,
     readout: Readout,
     chunk: int,
     entropy: bool,
 ) -> Any:
-    """``(row_max, logsum, label_logit, entropy)`` of every row."""
+    """``(row_max, logsum, label_logit, entropy)`` of every row, over the columns that are here."""
     layer, flat = layer.flat(), labels.reshape(-1)
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
         hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
-        x = logits_of(hidden, layer)
+        x = columns.masked(logits_of(hidden, layer))
         return None, kernels.row_stats(x, label, entropy, **readout.keywords)
 
     _, stats = backwards(body, None, flat.shape[0], chunk)
@@ -231,11 +233,12 @@ def row_grad(
     chunk: int,
     accumulate: str,
     drop: bool,
+    columns: Columns,
     *vectors: jax.Array | None,
 ) -> tuple[jax.Array, Sums]:
     """The gradients of the layer, from (labels, row_max, logsum, a, b, c), by logits made again.
 
-    None for b is 0.
+    The labels are those of the columns that are here. None for b is 0.
     """
     flat_layer, flat = layer.flat(), [jnp.ravel(x) for x in vectors if x is not None]
     if len(flat) < len(vectors):
@@ -247,7 +250,8 @@ def row_grad(
         )
 
         def work(sums: Sums) -> tuple[Sums, jax.Array]:
-            dx = kernels.row_grad(logits_of(hidden, flat_layer), *seen, **readout.keywords)
+            x = columns.masked(logits_of(hidden, flat_layer))
+            dx = kernels.row_grad(x, *seen, **readout.keywords)
             return sums.add(dx, hidden, flat_layer)
 
         if not drop:

@@ -99,6 +99,11 @@ def linear_iqlearn_loss(
         drop_rows: None and True leave out chunks of which nobody needs a row, by a condition that
             the device decides; under ``vmap`` it chooses between two results, and leaves out
             nothing. False compiles no condition.
+        vocab_axis: axis of a ``shard_map`` along which devices hold the other rows of weight and
+            bias; as ``sequence_axis`` in ``iqlearn_loss``, with ``vocab_start``, ``vocab_size`` and
+            ``sequence_order``. A part that is the same on all devices of an axis, as ``hidden`` is
+            along ``vocab_axis``, gets the sum of its gradients, by one collective. The logits are
+            computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``.
 
     Returns:

@@ -37,14 +37,16 @@ def row_stats(
     """``(row_max, logsum, label_logit, entropy)``; as ``irl_ops.jax.rows.row_stats``."""
 
     def by(name: str) -> Any:
-        def run(layer: Layer, labels: jax.Array) -> Any:
+        def run(layer: Layer, labels: jax.Array, columns: Columns) -> Any:
             kernels = BACKENDS[name]
-            return chunks.row_stats(kernels, layer, labels, form.readout, form.chunk, entropy)
+            return chunks.row_stats(
+                kernels, layer, labels, columns, form.readout, form.chunk, entropy
+            )
 
         return run
 
     own = columns.own(labels, layer.weight.shape[0])
-    stats: RowStats = columns.merged(labels, dispatch(form.backend, by, layer, own))
+    stats: RowStats = columns.merged(labels, dispatch(form.backend, by, layer, own, columns))
     return stats
 
 
@@ -60,10 +62,10 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
     layer, labels, columns, (row_max, logsum, _, h) = kept
     dlogsum, dlabel_logit, dh = columns.above(*above[1:])
     own = columns.own(labels, layer.weight.shape[0])
-    vectors = own, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
+    vectors = columns, own, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
 
     def by(name: str) -> Any:
-        def run(layer: Layer, *vectors: jax.Array) -> Any:
+        def run(layer: Layer, *vectors: Any) -> Any:
             kernels = BACKENDS[name]
             return chunks.row_grad(
                 kernels, layer, form.readout, form.chunk, form.accumulate, form.drop, *vectors

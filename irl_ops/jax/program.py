@@ -117,7 +117,9 @@ def _gathered(own: Rows, labels: jax.Array, call: Any) -> tuple[jax.Array, Any]:
         for name in names
     }
     found = {key: x for key, x in found.items() if x is not None and x.ndim == labels.ndim}
+    heads = {key: found.pop(key) for key in list(found) if key[0] == "heads"}
     labels, found = own.whole((labels, found))
+    found |= own.whole(heads)  # apart: these alone are differentiated by
     for (record, name), x in found.items():
         call = call._replace(**{record: getattr(call, record)._replace(**{name: x})})
     return labels, call

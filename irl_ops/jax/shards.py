@@ -33,10 +33,10 @@ class Columns:
     """Which columns of the vocabulary a device has."""
 
     axis: Axis | None = field(default=None, metadata=STATIC)
-    size: int | None = field(
-        default=None, metadata=STATIC
-    )  # of the vocabulary, where padding follows it
-    start: Any = None  # the first, a number or 0-d; None where all devices have as many
+    # how many the vocabulary has, where padding follows them
+    size: int | None = field(default=None, metadata=STATIC)
+    # the first here, a number or 0-d; None where all devices have as many
+    start: Any = None
 
     def vocabulary(self, width: int) -> int:
         """Its size, of which a device has ``width`` columns."""
@@ -94,15 +94,16 @@ class Rows:
     """Which rows of the sequences a device has: its own, ``[..., T_local]`` of the whole's T."""
 
     axis: Axis | None = field(default=None, metadata=STATIC)
-    order: jax.Array | None = None  # [T_local]: the index of each own row in the whole
-    orders: jax.Array | None = None  # [T]: of every row, as they are gathered
+    # [T_local] or [..., T_local]: the index of each own row in the whole
+    order: jax.Array | None = None
+    orders: jax.Array | None = None  # of every row, as they are gathered
 
     @classmethod
     def over(cls, axis: Axis | None, order: jax.Array | None) -> Rows:
         """From the options."""
         if axis is None or order is None:
             return cls(axis)
-        return cls(axis, order, private.gather(order, axis).reshape(-1))
+        return cls(axis, order, _joined(private.gather(order, axis)))
 
     def whole(self, tree: Any) -> Any:
         """Own arrays as whole ones, by one collective for integers and one for floats."""
@@ -134,13 +135,13 @@ class Rows:
         """Whole labels, bad ones where the order leaves out a row, or has one twice."""
         if self.orders is None:
             return labels
-        complete = jnp.all(jnp.sort(self.orders) == jnp.arange(self.orders.size))
-        bad = (labels != algebra.NO_LABEL) & ~complete
+        in_order = jnp.sort(self.orders, axis=-1) == jnp.arange(self.orders.shape[-1])
+        bad = (labels != algebra.NO_LABEL) & ~jnp.all(in_order, axis=-1, keepdims=True)
         return jnp.where(bad, algebra.BAD_LABEL, labels)
 
     def _gathered(self, x: jax.Array) -> jax.Array:
-        every = jnp.moveaxis(private.gather(x, self.axis), 0, -2)
-        ordered: jax.Array = shards.in_order(jnp, every.reshape(*x.shape[:-1], -1), self.orders)
+        every = _joined(private.gather(x, self.axis))
+        ordered: jax.Array = shards.in_order(jnp, every, self.orders)
         return ordered
 
     def _own(self, x: jax.Array) -> jax.Array:
@@ -149,3 +150,9 @@ class Rows:
             return mine
         size = x.shape[-1] // lax.axis_size(self.axis)
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axis) * size, size, x.ndim - 1)
+
+
+def _joined(every: jax.Array) -> jax.Array:
+    """``[n, ..., T_local]`` as ``[..., n T_local]``."""
+    every = jnp.moveaxis(every, 0, -2)
+    return every.reshape(*every.shape[:-2], -1)

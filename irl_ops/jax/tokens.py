@@ -69,6 +69,12 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
         next_values: ``[..., T]``.
         values: ``[..., T]``.
         entropy: whether the entropy is computed.
+        vocab_axis: axis along which the columns are sharded.
+        vocab_start: the first column here.
+        vocab_size: columns without padding.
+        sequence_axis: axis along which the rows are sharded; the results are those of the rows
+            here, which see their next rows on other devices.
+        sequence_order: index in the whole of each row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Returns:
