@@ -65,8 +65,9 @@ def iqlearn_loss(
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``checkpoint`` and ``shard_map``; logits that
     are sharded over batch or sequence stay where they are. Inside ``shard_map``, ``vocab_axis`` and
-    ``sequence_axis`` say which parts of the logits other devices hold. Labels and arrays may be traced, and so
-    may the numbers: only True and False, strings, ``ignore_index`` and ``eos_token_id`` are static.
+    ``sequence_axis`` say which parts of the logits other devices hold. Labels and arrays may be
+    traced, and so may the numbers: only True and False, strings, ``ignore_index`` and
+    ``eos_token_id`` are static.
 
     Args:
         logits: float32, bfloat16 or float16 ``[..., T, V]``. The gradient has the same dtype; all

@@ -49,7 +49,8 @@ FORMS = {
         padding=4, inside=True,
     ),
     "more padding than a device has": Form(
-        "iqlearn_loss", (4, 1), {}, backend="reference", padding=16, check_vma=False, dtype="bfloat16",
+        "iqlearn_loss", (4, 1), {}, backend="reference", padding=16, check_vma=False,
+        dtype="bfloat16",
     ),
     "starts": Form(
         "iqlearn_loss", (4, 1), dict(logit_scale=0.5), ("vocab_start",), padding=8,
