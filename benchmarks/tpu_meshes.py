@@ -78,7 +78,7 @@ def judged(on: str, form: str) -> tuple[dict[str, float], int, list[str]]:
         problems.append("bytes of statistics and labels")
     chunk = CHUNK * VOCAB // SHAPE[2] * 2
     weight = VOCAB // SHAPE[2] * DEEP * 2  # the sum over chunks, before it is sent
-    if found.temporaries > (chunk + weight if form == "linear" else 1536 * ROWS):
+    if found.temporaries > (2.5 * chunk + weight if form == "linear" else 1536 * ROWS):
         problems.append("memory")
     if not found.kernels:
         problems.append("no kernel")
