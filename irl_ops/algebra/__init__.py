@@ -34,7 +34,7 @@ in C++ and in ``triton/`` for GPUs::
 A pass knows kernels and no loss; the stages know no kernel.
 """
 
-from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients
+from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients, given_ahead
 from irl_ops.algebra.drive import Finish, Outcome, loss_and_grad
 from irl_ops.algebra.finish import (
     Finished,
@@ -43,6 +43,7 @@ from irl_ops.algebra.finish import (
     finish,
     head_gradients,
     label_gradient,
+    slope_of_value,
     statistics,
     transition,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "coefficients",
     "finish",
     "following",
+    "given_ahead",
     "has_td",
     "head_gradients",
     "in_order",
@@ -109,6 +111,7 @@ __all__ = [
     "preceding",
     "row_losses",
     "rows_at",
+    "slope_of_value",
     "statistics",
     "total",
     "transition",

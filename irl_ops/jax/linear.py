@@ -311,8 +311,9 @@ def _run(
     rows, call, own, columns = whole(labels, layer.weight.shape[0], placed)
     loss, heads = objective(rows, call, dtype), heads_of(call.heads, dtype)
     summed = call.weighting.reduction != "none"
-    if summed and own.axis is None and columns.axis is None:
-        return linear_loss(form, layer, (heads.values, heads.next_values), rows, loss)
+    if summed and own.order is None:  # the next row, where it is not here, is a part's first one
+        given = heads.values, heads.next_values
+        return linear_loss(form, layer, given, rows, loss, own, columns)
 
     stats = statistics(form, loss.entropy_coef is not None, layer, rows, own, columns)
     step = transition(rows, stats, loss.gamma, heads)

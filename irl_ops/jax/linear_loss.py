@@ -12,6 +12,7 @@ from irl_ops import algebra
 from irl_ops.jax import chunks
 from irl_ops.jax.backends import BACKENDS, dispatch
 from irl_ops.jax.chunks import Layer, Linear, Sums
+from irl_ops.jax.linear_sharded import Sharded
 from irl_ops.jax.rows import RowStats, once, row_coefficients
 from irl_ops.jax.scalar_loss import Given, Metrics, transition
 from irl_ops.jax.shards import Columns, Rows
@@ -95,9 +96,11 @@ def linear_loss(
     given: Given,
     rows: algebra.Rows,
     loss: algebra.Objective,
+    own: Rows,
+    columns: Columns,
 ) -> tuple[jax.Array, Metrics]:
     """The summed loss, differentiable by layer and values, and the metrics, which are constants."""
-    stats = statistics(form, loss.entropy_coef is not None, layer, rows, Rows(), Columns())
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows, own, columns)
     step = transition(rows, stats, loss.gamma, algebra.Heads(*given, form.detach_next))
     total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     metrics = algebra.metrics(jnp, rows.kind, loss, stats, step) if form.metrics else None
@@ -111,6 +114,8 @@ class Kept(NamedTuple):
     sums: Sums
     heads: Given
     unit: jax.Array | float
+    own: Rows
+    columns: Columns
 
 
 def _forward(
@@ -119,6 +124,8 @@ def _forward(
     given: Given,
     rows: algebra.Rows,
     loss: algebra.Objective,
+    own: Rows,
+    columns: Columns,
 ) -> tuple[tuple[jax.Array, Metrics], Kept]:
     layer = jax.tree.map(once, layer)
     half = layer.hidden.dtype == jnp.float16
@@ -131,26 +138,38 @@ def _forward(
         loss = loss._replace(mle=loss.mle / unit, td=td)
 
     def by(name: str) -> Any:
-        def run(layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective) -> Any:
-            over = Linear(
-                BACKENDS[name], layer, form.readout, form.chunk, form.accumulate, form.drop
-            )
+        def run(
+            layer: Layer,
+            given: Given,
+            rows: algebra.Rows,
+            loss: algebra.Objective,
+            own: Rows,
+            columns: Columns,
+        ) -> Any:
+            how = form.readout, form.chunk, form.accumulate, form.drop
             heads = algebra.Heads(*given, form.detach_next)
-            out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
+            if own.axis is None and columns.axis is None:
+                over = Linear(BACKENDS[name], layer, *how)
+                out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
+            else:
+                sharded = Sharded(BACKENDS[name], layer, columns, own, *how)
+                out = sharded.loss_and_grad(rows, loss, heads)
             metrics = out.metrics if form.metrics else None
             return out.loss, metrics, *out.gradient, (out.dvalues, out.dnext_values)
 
         return run
 
-    total, metrics, *gradients = dispatch(form.backend, by, layer, given, rows, loss)
-    return (total * unit if half else total, metrics), Kept(*gradients, unit)  # type: ignore[call-arg]
+    arrays = layer, given, rows, loss, own, columns
+    total, metrics, *gradients = dispatch(form.backend, by, *arrays)
+    kept = Kept(*gradients, unit, own, columns)  # type: ignore[call-arg]
+    return (total * unit if half else total, metrics), kept
 
 
 def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple[Any, ...]:
     factor = above[0] * kept.unit
-    dlayer = _layer(kept.dhidden, kept.sums, factor)
     heads = tuple(None if x is None else factor * x for x in kept.heads)
-    return dlayer, heads, None, None
+    (whole,) = kept.columns.above(kept.own.above(factor))
+    return _layer(kept.dhidden, kept.sums, whole), heads, None, None, None, None
 
 
 linear_loss.defvjp(_forward, _backward)

@@ -75,14 +75,16 @@ class Columns:
         parts = [*jnp.moveaxis(every, 1, 0), None]
         return tuple(shards.merge(jnp, labels, shards.RowStatistics(*parts[:4])))
 
+    def summed(self, labels: jax.Array, picked: jax.Array) -> jax.Array:
+        """The labels' logits of whole rows, which are 0 where another device has the column."""
+        if self.axis is None:
+            return picked
+        every = jnp.sum(private.gather(picked, self.axis), axis=0)
+        return jnp.where(labels == algebra.BAD_LABEL, jnp.nan, every)
+
     def above(self, *gradients: jax.Array | None) -> tuple[jax.Array | None, ...]:
         """Gradients of merged statistics; without ``check_vma`` each device is given a part."""
-        if self.axis is None or private.checks_varying(self.axis):
-            return gradients
-        return tuple(
-            None if x is None else lax.psum(x, self.axis)  # type: ignore[no-untyped-call]
-            for x in gradients
-        )
+        return tuple(None if x is None else _above(x, self.axis) for x in gradients)
 
     def _first(self, width: int) -> Any:
         return lax.axis_index(self.axis) * width if self.start is None else self.start
@@ -131,6 +133,10 @@ class Rows:
         """This device's rows of whole arrays."""
         return tree if self.axis is None else jax.tree.map(self._own, tree)
 
+    def above(self, gradient: jax.Array) -> jax.Array:
+        """As that of ``Columns``, of what is computed from whole rows."""
+        return _above(gradient, self.axis)
+
     def checked(self, labels: jax.Array) -> jax.Array:
         """Whole labels, bad ones where the order leaves out a row, or has one twice."""
         if self.orders is None:
@@ -150,6 +156,13 @@ class Rows:
             return mine
         size = x.shape[-1] // lax.axis_size(self.axis)
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axis) * size, size, x.ndim - 1)
+
+
+def _above(gradient: jax.Array, axis: Axis | None) -> jax.Array:
+    if axis is None or private.checks_varying(axis):
+        return gradient
+    summed: jax.Array = lax.psum(gradient, axis)  # type: ignore[no-untyped-call]
+    return summed
 
 
 def _joined(every: jax.Array) -> jax.Array:

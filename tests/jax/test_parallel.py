@@ -85,9 +85,17 @@ LINEAR = {
         "mle_loss", (1, 4), dict(reduction="none"), ("truncated", "bias"), ("entropy_coef",),
         check_vma=False,
     ),
-    "both": Form(
+    "order": Form(
         "online_iqlearn_loss", (2, 2), dict(boundary="bootstrap"),
         ("is_expert", "sequence_order", "values"), ("lam", "gamma", "alpha"), inside=True,
+    ),
+    "both": Form(
+        "iqlearn_loss", (2, 2), dict(shift=True, boundary="bootstrap"), ("where", "truncated"),
+        ("lam", "gamma", "entropy_coef", "z_loss"), inside=True, padding=2,
+    ),
+    "values": Form(
+        "online_iqlearn_loss", (1, 4), dict(boundary="bootstrap"), ("is_expert", "values"),
+        ("lam", "gamma", "alpha"), check_vma=False,
     ),
 }  # fmt: skip
 
