@@ -36,14 +36,14 @@ class Collective(NamedTuple):
     kind: str
     chips: int  # that take part together
     size: int  # bytes of the result
+    turns: int  # how often it runs: in a loop, once for each chunk
 
     @property
     def sent(self) -> float:
         """Bytes that a chip sends."""
         share = (self.chips - 1) / self.chips
-        if self.kind == "all-reduce":
-            return 2 * share * self.size
-        return self.size * (share if self.kind == "all-gather" else 1)
+        part = {"all-reduce": 2 * share, "all-gather": share}.get(self.kind, 1.0)
+        return self.turns * self.size * part
 
 
 class Program(NamedTuple):
@@ -73,8 +73,11 @@ def judged(on: str, form: str) -> tuple[dict[str, float], int, list[str]]:
             sent["statistics and labels"] += one.sent / ROWS
         elif one.size > 64:
             problems.append(f"{one.kind} of {one.size} bytes")
+    sent = {name: round(bytes_, 1) for name, bytes_ in sent.items()}
     problems += [f"no sum of {size} bytes" for size in sums]
-    if sent["statistics and labels"] > 12 * (SHAPE[2] - 1) + 16 * (SHAPE[1] - 1):
+    # a last layer also tells the labels' logits beforehand, and the values of first rows
+    before = 4 * (SHAPE[2] - 1 + SHAPE[1] - 1) + 1 if form == "linear" else 0
+    if sent["statistics and labels"] > 12 * (SHAPE[2] - 1) + 16 * (SHAPE[1] - 1) + before:
         problems.append("bytes of statistics and labels")
     chunk = CHUNK * VOCAB // SHAPE[2] * 2
     weight = VOCAB // SHAPE[2] * DEEP * 2  # the sum over chunks, before it is sent
@@ -164,8 +167,10 @@ KIND = re.compile(
 
 def collectives(text: str) -> list[Collective]:
     """Those of a compiled program's text."""
-    found = []
+    bodies, found, inside = re.findall(r"body=%?([\w.\-]+)", text), [], ""
     for line in text.splitlines():
+        begins = re.match(r"%?([\w.\-]+) \(.*\{$", line.removeprefix("ENTRY "))
+        inside = begins[1] if begins else inside
         seen = KIND.search(line)
         if seen is None:
             continue
@@ -174,7 +179,7 @@ def collectives(text: str) -> list[Collective]:
         started = seen[3] is not None and seen[2] != "all-reduce"
         # what starts a collective returns what it is given too
         size = max(sizes) if started else sum(sizes)
-        found.append(Collective(seen[2], _chips(line), size))
+        found.append(Collective(seen[2], _chips(line), size, ROWS // CHUNK if inside in bodies else 1))
     return found
 
 

@@ -102,8 +102,8 @@ def linear_iqlearn_loss(
         vocab_axis: axis of a ``shard_map`` along which devices hold the other rows of weight and
             bias; as ``sequence_axis`` in ``iqlearn_loss``, with ``vocab_start``, ``vocab_size`` and
             ``sequence_order``. A part that is the same on all devices of an axis, as ``hidden`` is
-            along ``vocab_axis``, gets the sum of its gradients, by one collective. The logits are
-            computed again in the backward pass.
+            along ``vocab_axis``, gets the sum of its gradients, by one collective. With
+            ``sequence_order`` the logits are computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``.
 
     Returns:
