@@ -179,7 +179,9 @@ def collectives(text: str) -> list[Collective]:
         started = seen[3] is not None and seen[2] != "all-reduce"
         # what starts a collective returns what it is given too
         size = max(sizes) if started else sum(sizes)
-        found.append(Collective(seen[2], _chips(line), size, ROWS // CHUNK if inside in bodies else 1))
+        found.append(
+            Collective(seen[2], _chips(line), size, ROWS // CHUNK if inside in bodies else 1)
+        )
     return found
 
 

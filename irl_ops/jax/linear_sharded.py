@@ -43,10 +43,7 @@ class Sharded(NamedTuple):
         picked = self.own.whole(self._label_logit(labels))
         given = algebra.coefficients(jnp, rows.kind, loss, picked, heads, algebra.NO_EDGE)
         ahead = algebra.given_ahead(jnp, rows.kind, heads)
-        if ahead is None and loss.td is not None:
-            edge = self._edge(labels)
-        else:
-            edge = None
+        edge = self._edge(labels) if ahead is None and loss.td is not None else None
         local = self.own.own((rows, loss.mle, loss.td, given, heads.values, ahead))
 
         def finish(window: Any, found: Any, behind: jax.Array) -> tuple[Any, Any, Any]:
@@ -64,13 +61,8 @@ class Sharded(NamedTuple):
             return stats, algebra.slope_of_value(jnp, seen, stats), c
 
         gradient, stats = self._pass(labels, self.own.own(given), finish)
-        stats = self.own.whole(stats)
-        step = algebra.transition(jnp, rows.kind, stats, loss.gamma, heads)
-        slope = None
-        if loss.td is not None:
-            slope = 2 * loss.td * jnp.where(loss.td != 0, step.reward, 0.0)
-        done = algebra.Finished(stats, step, slope, stats.value)
-        dvalues, dnext_values = algebra.head_gradients(jnp, rows.kind, loss, slope, heads)
+        done = algebra.finish(jnp, rows, loss, given, self.own.whole(stats), heads)
+        dvalues, dnext_values = algebra.head_gradients(jnp, rows.kind, loss, done.slope, heads)
         summed, metrics = algebra.total(jnp, rows.kind, loss, done)
         return algebra.Outcome(summed, gradient, dvalues, dnext_values, metrics, done)
 
