@@ -9,7 +9,9 @@ and outputs, and by its cost model how many bytes it moves. The command fails wh
 - a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it, or
   takes over 5 % more memory,
 - a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them, or
-  has other than three matrix products in the body of a loop over chunks, or
+  has other than three matrix products in the body of a loop over chunks,
+- on 256 chips that shard data, sequence and vocabulary, a loss sends more than its labels and
+  three numbers a row along an axis (a last layer also the sums of its two gradients), or
 - a gradient on its own takes memory, or moves more than one read and one write of the logits and
   24 KiB a row (the tiles around the labels, and row vectors, padded to 128 lanes), where whole rows
   fit in VMEM and the logits consist of whole tiles.
@@ -45,6 +47,7 @@ VOCABS = (32000, 50257, 128256, 151936, 262144)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 NARROW = 16  # columns of hidden where the gradient is alone, and the matmul beside the point
 FORMS = ("pallas", "selecting", "gathering")
+MESHES, LOSSES = ("v5e", "v5p"), ("dense", "linear")  # with 256 chips
 CLOCKS = {
     "v4": 1.05,
     "v5e": 1.5,
@@ -92,6 +95,16 @@ class Chunked(NamedTuple):
     temporaries: float  # in multiples of the logits
     chunk: float  # likewise
     products: float  # in the body of the loop
+    problems: list[str]
+
+
+class Meshed(NamedTuple):
+    """Of a program for a mesh of 256 chips."""
+
+    generation: str
+    form: str
+    sent: dict[str, float]  # bytes for each of a chip's rows
+    temporaries: int  # bytes
     problems: list[str]
 
 
@@ -168,6 +181,13 @@ def chunked(on: str) -> Chunked:
     return Chunked(on, round(found.temporaries, 4), chunk, round(found.products, 3), problems)
 
 
+def meshed(on: str, form: str) -> Meshed:
+    """Compiles and judges."""
+    import tpu_meshes
+
+    return Meshed(on, form, *tpu_meshes.judged(on, form))
+
+
 def single_pass(job: Job) -> bool:
     """Whether one read and one write are promised."""
     import jax.numpy as jnp
@@ -237,6 +257,18 @@ def chunked_table(found: Sequence[Chunked]) -> Table:
     return table
 
 
+def meshed_table(found: Sequence[Meshed]) -> Table:
+    title = "256 chips, data 8 x sequence 4 x vocabulary 8: bytes that a chip sends for each row"
+    table = Table(title=title)
+    for heading in ("TPU", "loss", "statistics, labels", "dhidden", "dweight", "memory", ""):
+        table.add_column(heading)
+    for m in found:
+        verdict = "[red]" + "; ".join(m.problems) if m.problems else "[green]ok"
+        sent = (str(m.sent.get(n, "-")) for n in ("statistics and labels", "hidden", "weight"))
+        table.add_row(m.generation, m.form, *sent, f"{m.temporaries / 1e6:.2f} MB", verdict)
+    return table
+
+
 def schedules_table(found: Sequence[Schedule]) -> Table:
     table = Table(title="Inner loops: bundles per register of 8 x 128 logits, against HBM")
     for heading in ("TPU", "dtype", "kernel", "bundles", "spills", "even at GHz", ""):
@@ -250,6 +282,7 @@ def schedules_table(found: Sequence[Schedule]) -> Table:
 def save(
     results: Sequence[Result],
     layers: Sequence[Chunked],
+    meshes: Sequence[Meshed],
     found: Sequence[Schedule],
     version: str,
 ) -> None:
@@ -258,7 +291,7 @@ def save(
     def lines(rows: Sequence[NamedTuple]) -> str:
         return "[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]"
 
-    tables = {"programs": results, "chunks": layers, "loops": found}
+    tables = {"programs": results, "chunks": layers, "meshes": meshes, "loops": found}
     parts = ",\n".join(f'"{name}": {lines(rows)}' for name, rows in tables.items())
     RESULTS.write_text(f'{{\n"libtpu": "{version}",\n{parts}\n}}\n')
 
@@ -275,6 +308,7 @@ def main() -> int:
     parser.add_argument("--no-loops", action="store_true", help="leave the schedules out")
     parser.add_argument("--no-steps", action="store_true", help="leave stored logits out")
     parser.add_argument("--no-chunks", action="store_true", help="leave the others out")
+    parser.add_argument("--no-meshes", action="store_true", help="leave 256 chips out")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
     chosen = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -297,6 +331,9 @@ def main() -> int:
         loops = [pool.submit(schedules, *pair) for pair in pairs]
         results = list(pool.map(run, jobs))
         layers = [] if chosen.no_chunks else list(pool.map(chunked, chosen.generations))
+        asked = [] if chosen.no_meshes else [x for x in MESHES if x in chosen.generations]
+        pending = [pool.submit(meshed, on, form) for on in asked for form in LOSSES]
+        meshes = [future.result() for future in pending]
         found = [schedule for future in loops for schedule in future.result()]
     version = importlib.metadata.version("libtpu")
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -307,11 +344,13 @@ def main() -> int:
         console.print(steps_table(results))
     if layers:
         console.print(chunked_table(layers))
+    if meshes:
+        console.print(meshed_table(meshes))
     if found:
         console.print(schedules_table(found))
     if chosen.save:
-        save(results, layers, found, version)
-    judged = [*results, *layers]
+        save(results, layers, meshes, found, version)
+    judged = [*results, *layers, *meshes]
     missed = sum(bool(result.problems) for result in judged)
     console.print(f"{len(judged)} programs, {missed} that miss what they have to meet")
     return 1 if missed else 0

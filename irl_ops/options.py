@@ -178,9 +178,11 @@ DEFAULTS: dict[str, Any] = {
     "return_metrics": False,
     "inplace": False,
     "vocab_group": None,
+    "vocab_axis": None,
     "vocab_start": None,
     "vocab_size": None,
     "sequence_group": None,
+    "sequence_axis": None,
     "sequence_order": None,
     "backend": "auto",
 }

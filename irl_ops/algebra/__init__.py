@@ -35,7 +35,7 @@ A pass knows kernels and no loss; the stages know no kernel.
 """
 
 from irl_ops.algebra.actor_critic import advantages, policy_rows
-from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients
+from irl_ops.algebra.coefficients import UNREAD, Coefficients, coefficients, given_ahead
 from irl_ops.algebra.drive import Finish, Outcome, loss_and_grad
 from irl_ops.algebra.finish import (
     Finished,
@@ -44,6 +44,7 @@ from irl_ops.algebra.finish import (
     finish,
     head_gradients,
     label_gradient,
+    slope_of_value,
     statistics,
     transition,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "coefficients",
     "finish",
     "following",
+    "given_ahead",
     "has_td",
     "head_gradients",
     "in_order",
@@ -117,6 +119,7 @@ __all__ = [
     "preceding",
     "row_losses",
     "rows_at",
+    "slope_of_value",
     "statistics",
     "total",
     "transition",

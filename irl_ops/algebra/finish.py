@@ -100,10 +100,15 @@ def finish(
     if loss.td is not None:
         slope = 2 * loss.td * xp.where(loss.td != 0, step.reward, 0.0)
         c = c + slope
-    a = xp.where(given.alpha == UNREAD, 0.0, given.alpha)
-    a = _plus(xp, _plus(xp, a, given.beta, stats.value), given.entropy_weight, stats.entropy)
+    a = slope_of_value(xp, given, stats)
     element = label_gradient(xp, a, given.entropy_weight, c, stats.logprob)
     return Finished(stats, step, slope, element)
+
+
+def slope_of_value(xp: Any, given: Coefficients, stats: Statistics) -> Array:
+    """A_t, from what was known before the pass and what the pass found."""
+    a = xp.where(given.alpha == UNREAD, 0.0, given.alpha)
+    return _plus(xp, _plus(xp, a, given.beta, stats.value), given.entropy_weight, stats.entropy)
 
 
 def head_gradients(

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from irl_ops import algebra
+from irl_ops.jax import private
+from irl_ops.jax.shards import Columns
 from irl_ops.kernels import reference
 from irl_ops.readout import Readout
 
@@ -33,6 +35,20 @@ class Layer(NamedTuple):
     def flat(self) -> Layer:
         """With hidden states ``[N, D]``."""
         return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+    def alike(self, *others: Any) -> Layer:
+        """With types that vary over the axes of a ``shard_map`` that any of these vary over.
+
+        Where a part is the same on all devices of an axis, its gradient is summed over them, once.
+        """
+        hidden, weight, bias = self
+        for other in jax.tree.leaves((self, others)):
+            hidden = private.varying(hidden, other)
+        return Layer(
+            hidden,
+            private.varying(weight, hidden),
+            None if bias is None else private.varying(bias, hidden),
+        )
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -98,7 +114,10 @@ class Sums(NamedTuple):
             return jnp.zeros_like(x if accumulate == "weight" else _wide(x))
 
         bias = None if layer.bias is None else jnp.zeros_like(_wide(layer.bias))
-        return cls(like(layer.weight), bias)
+        zeros: Sums = jax.tree.map(
+            lambda x: private.varying(x, layer.hidden), cls(like(layer.weight), bias)
+        )
+        return zeros
 
     def add(self, dx: jax.Array, hidden: jax.Array, layer: Layer) -> tuple[Sums, jax.Array]:
         """With a chunk's, and the gradient of its hidden states."""
@@ -140,6 +159,9 @@ class Linear:
         """The gradients of the layer, and what was finished."""
         layer, kernels, readout = self.layer.flat(), self.kernels, self.readout.keywords
 
+        def like(x: jax.Array) -> jax.Array:
+            return private.varying(x, layer.hidden)
+
         def body(carry: Carry, start: Any, size: int) -> tuple[Carry, Any]:
             def window(x: Any) -> Any:
                 if x is None:
@@ -166,7 +188,7 @@ class Linear:
 
             def skip(carry: Carry) -> tuple[Carry, Any]:
                 out = jax.eval_shape(work, carry)[1]
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+                zeros = jax.tree.map(lambda x: like(jnp.zeros(x.shape, x.dtype)), out)
                 return (carry[0], nothing), zeros
 
             if not self.drop:
@@ -176,7 +198,7 @@ class Linear:
             made: tuple[Carry, Any] = lax.cond(needed, work, skip, carry)
             return made
 
-        nothing = jnp.zeros(1, given.beta.dtype)
+        nothing = like(jnp.zeros(1, given.beta.dtype))
         carry = (Sums.zeros(layer, self.accumulate), nothing)
         (sums, _), (dhidden, done) = backwards(body, carry, labels.size, self.chunk)
         done = jax.tree.map(lambda x: x.reshape(labels.shape), done)
@@ -187,16 +209,17 @@ def row_stats(
     kernels: ModuleType,
     layer: Layer,
     labels: jax.Array,
+    columns: Columns,
     readout: Readout,
     chunk: int,
     entropy: bool,
 ) -> Any:
-    """``(row_max, logsum, label_logit, entropy)`` of every row."""
+    """``(row_max, logsum, label_logit, entropy)`` of every row, over the columns that are here."""
     layer, flat = layer.flat(), labels.reshape(-1)
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
         hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
-        x = logits_of(hidden, layer)
+        x = columns.masked(logits_of(hidden, layer))
         return None, kernels.row_stats(x, label, entropy, **readout.keywords)
 
     _, stats = backwards(body, None, flat.shape[0], chunk)
@@ -210,11 +233,12 @@ def row_grad(
     chunk: int,
     accumulate: str,
     drop: bool,
+    columns: Columns,
     *vectors: jax.Array | None,
 ) -> tuple[jax.Array, Sums]:
     """The gradients of the layer, from (labels, row_max, logsum, a, b, c), by logits made again.
 
-    None for b is 0.
+    The labels are those of the columns that are here. None for b is 0.
     """
     flat_layer, flat = layer.flat(), [jnp.ravel(x) for x in vectors if x is not None]
     if len(flat) < len(vectors):
@@ -226,14 +250,18 @@ def row_grad(
         )
 
         def work(sums: Sums) -> tuple[Sums, jax.Array]:
-            dx = kernels.row_grad(logits_of(hidden, flat_layer), *seen, **readout.keywords)
+            x = columns.masked(logits_of(hidden, flat_layer))
+            dx = kernels.row_grad(x, *seen, **readout.keywords)
             return sums.add(dx, hidden, flat_layer)
 
         if not drop:
             return work(sums)
         wanted = jnp.any((seen[3] != 0) | (seen[4] != 0) | (seen[5] != 0))
         made: tuple[Sums, jax.Array] = lax.cond(
-            wanted, work, lambda sums: (sums, jnp.zeros_like(hidden)), sums
+            wanted,
+            work,
+            lambda sums: (sums, private.varying(jnp.zeros_like(hidden), hidden)),
+            sums,
         )
         return made
 

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from irl_ops import algebra
-from irl_ops.call import Call
+from irl_ops.call import Call, Parallel
 from irl_ops.jax.arguments import Array
-from irl_ops.jax.program import computed_in, heads_of, join, objective, part, rows_of
+from irl_ops.jax.program import computed_in, heads_of, join, objective, part, whole
 from irl_ops.jax.scalar_loss import Static, scalar_loss, statistics, transition
 
 Loss = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
 
 
-def loss_of(call: Call, logits: Array, labels: Array) -> Loss:
+def loss_of(call: Call, parallel: Parallel, logits: Array, labels: Array) -> Loss:
     """Any loss."""
-    static, traced = part(call, logits)
+    static, traced = part(call, parallel, logits)
     total, metrics = _run(static, logits, labels, traced)
     return (total, metrics) if call.metrics else total
 
@@ -29,18 +29,20 @@ def loss_of(call: Call, logits: Array, labels: Array) -> Loss:
 def _run(
     static: Any, logits: jax.Array, labels: jax.Array, traced: Any
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    call, dtype = join(static, traced), computed_in(logits)
-    rows = rows_of(labels, logits.shape[-1], call.sequence)
+    placed, dtype = join(static, traced), computed_in(logits)
+    rows, call, own, columns = whole(labels, logits.shape[-1], placed)
     loss, heads = objective(rows, call, dtype), heads_of(call.heads, dtype)
-    if call.weighting.reduction != "none":
+    summed = call.weighting.reduction != "none"
+    if summed and own.axis is None and columns.axis is None:
         made = Static(heads.detach_next, call.metrics, call.inplace, call.backend, call.readout)
         return scalar_loss(made, logits, (heads.values, heads.next_values), rows, loss)
 
     with_entropy = loss.entropy_coef is not None
-    stats = statistics(logits, rows, with_entropy, call.backend, call.readout)
+    stats = statistics(logits, rows, own, columns, with_entropy, call.backend, call.readout)
     step = transition(rows, stats, loss.gamma, heads)
     per_row = algebra.row_losses(jnp, loss, stats, step)
+    result = jnp.sum(per_row) if summed else own.own(per_row)
     if not call.metrics:
-        return per_row, None
+        return result, None
     metrics = algebra.metrics(jnp, rows.kind, loss, stats, step)
-    return per_row, jax.lax.stop_gradient(metrics)
+    return result, jax.lax.stop_gradient(metrics)

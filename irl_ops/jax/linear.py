@@ -17,16 +17,16 @@ from irl_ops.jax.chunks import Layer
 from irl_ops.jax.forward import Loss
 from irl_ops.jax.linear_arguments import arguments
 from irl_ops.jax.linear_loss import Form, linear_loss, statistics
-from irl_ops.jax.program import computed_in, heads_of, join, objective, part, rows_of
-from irl_ops.jax.scalar_loss import transition
-from irl_ops.jax.tokens import TokenStats, fields
-from irl_ops.options import (
+from irl_ops.jax.options import (
     LinearIQLearnOptions,
     LinearMLEOptions,
     LinearOnlineOptions,
     LinearStatsOptions,
-    signature,
 )
+from irl_ops.jax.program import computed_in, heads_of, join, objective, part, whole
+from irl_ops.jax.scalar_loss import transition
+from irl_ops.jax.tokens import TokenStats, fields
+from irl_ops.options import signature
 
 
 @overload
@@ -101,6 +101,11 @@ def linear_iqlearn_loss(
         drop_rows: None and True leave out chunks of which nobody needs a row, by a condition that
             the device decides; under ``vmap`` it chooses between two results, and leaves out
             nothing. False compiles no condition.
+        vocab_axis: axis of a ``shard_map`` along which devices hold the other rows of weight and
+            bias; as ``sequence_axis`` in ``iqlearn_loss``, with ``vocab_start``, ``vocab_size`` and
+            ``sequence_order``. A part that is the same on all devices of an axis, as ``hidden`` is
+            along ``vocab_axis``, gets the sum of its gradients, by one collective. With
+            ``sequence_order`` the logits are computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``.
 
     Returns:
@@ -263,9 +268,10 @@ def linear_token_stats(
     """
     given = dict(options)
     layer, form, logits = arguments.layer(hidden, weight, given)
-    call = read_stats("linear_token_stats", LinearStatsOptions, arguments, logits, labels, given)
-    static, traced = part(call, layer.hidden)
-    form = form._replace(backend=static.backend, readout=call.readout)
+    checks = arguments.over(given)
+    call = read_stats("linear_token_stats", LinearStatsOptions, checks, logits, labels, given)
+    static, traced = part(call, checks.parallel, layer.hidden)
+    form = form._replace(backend=static.call.backend, readout=call.readout)
     stats: TokenStats = _run_stats(form, static, layer, labels, traced)
     return stats
 
@@ -282,14 +288,14 @@ def _loss(
     is_expert: Any = None,
 ) -> Loss:
     layer, form, logits = arguments.layer(hidden, weight, given)
-    drop = arguments.drop_rows(given)
+    drop, checks = arguments.drop_rows(given), arguments.over(given)
     call = read_loss(
-        caller, group, arguments, terms_of, logits, labels, given, return_metrics, is_expert
+        caller, group, checks, terms_of, logits, labels, given, return_metrics, is_expert
     )
-    static, traced = part(call, layer.hidden)
+    static, traced = part(call, checks.parallel, layer.hidden)
     form = form._replace(
         drop=drop,
-        backend=static.backend,
+        backend=static.call.backend,
         readout=call.readout,
         detach_next=call.heads.detach_next,
         metrics=call.metrics,
@@ -302,25 +308,32 @@ def _loss(
 def _run(
     form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    call, dtype = join(static, traced), computed_in(layer.hidden)
-    rows = rows_of(labels, layer.weight.shape[0], call.sequence)
+    placed, dtype = join(static, traced), computed_in(layer.hidden)
+    layer = layer.alike(labels)
+    rows, call, own, columns = whole(labels, layer.weight.shape[0], placed)
     loss, heads = objective(rows, call, dtype), heads_of(call.heads, dtype)
-    if call.weighting.reduction != "none":
-        return linear_loss(form, layer, (heads.values, heads.next_values), rows, loss)
+    summed = call.weighting.reduction != "none"
+    if summed and own.order is None:  # the next row, where it is not here, is a part's first one
+        given = heads.values, heads.next_values
+        return linear_loss(form, layer, given, rows, loss, own, columns)
 
-    stats = statistics(form, loss.entropy_coef is not None, layer, rows)
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows, own, columns)
     step = transition(rows, stats, loss.gamma, heads)
     per_row = algebra.row_losses(jnp, loss, stats, step)
+    result = jnp.sum(per_row) if summed else own.own(per_row)
     if not call.metrics:
-        return per_row, None
+        return result, None
     metrics = algebra.metrics(jnp, rows.kind, loss, stats, step)
-    return per_row, jax.lax.stop_gradient(metrics)
+    return result, jax.lax.stop_gradient(metrics)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_stats(form: Form, static: Any, layer: Layer, labels: jax.Array, traced: Any) -> TokenStats:
-    call, dtype = join(static, traced), computed_in(layer.hidden)
-    rows = rows_of(labels, layer.weight.shape[0], call.sequence)
-    if call.measures.plain:
-        return fields(call, rows, statistics(form, call.entropy, layer, rows), {}, dtype)
-    return fields(call, rows, *linear_measures.statistics(form, call, layer, rows), dtype)
+    placed, dtype = join(static, traced), computed_in(layer.hidden)
+    layer = layer.alike(labels)
+    rows, call, own, columns = whole(labels, layer.weight.shape[0], placed)
+    if not call.measures.plain:  # on one device
+        return fields(call, rows, *linear_measures.statistics(form, call, layer, rows), dtype)
+    stats = statistics(form, call.entropy, layer, rows, own, columns)
+    mine: TokenStats = own.own(fields(call, rows, stats, {}, dtype))
+    return mine

@@ -12,8 +12,10 @@ from irl_ops import algebra
 from irl_ops.jax import chunks
 from irl_ops.jax.backends import BACKENDS, dispatch
 from irl_ops.jax.chunks import Layer, Linear, Sums
+from irl_ops.jax.linear_sharded import Sharded
 from irl_ops.jax.rows import RowStats, once, row_coefficients
 from irl_ops.jax.scalar_loss import Given, Metrics, transition
+from irl_ops.jax.shards import Columns, Rows
 from irl_ops.readout import PLAIN, Readout
 
 
@@ -30,35 +32,41 @@ class Form(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def row_stats(form: Form, entropy: bool, layer: Layer, labels: jax.Array) -> RowStats:
+def row_stats(
+    form: Form, entropy: bool, layer: Layer, labels: jax.Array, columns: Columns
+) -> RowStats:
     """``(row_max, logsum, label_logit, entropy)``; as ``irl_ops.jax.rows.row_stats``."""
 
     def by(name: str) -> Any:
-        def run(layer: Layer, labels: jax.Array) -> Any:
+        def run(layer: Layer, labels: jax.Array, columns: Columns) -> Any:
             kernels = BACKENDS[name]
-            return chunks.row_stats(kernels, layer, labels, form.readout, form.chunk, entropy)
+            return chunks.row_stats(
+                kernels, layer, labels, columns, form.readout, form.chunk, entropy
+            )
 
         return run
 
-    stats: RowStats = dispatch(form.backend, by, layer, labels)
+    own = columns.own(labels, layer.weight.shape[0])
+    stats: RowStats = columns.merged(labels, dispatch(form.backend, by, layer, own, columns))
     return stats
 
 
 def _stats_forward(
-    form: Form, entropy: bool, layer: Layer, labels: jax.Array
+    form: Form, entropy: bool, layer: Layer, labels: jax.Array, columns: Columns
 ) -> tuple[RowStats, Any]:
     layer = jax.tree.map(once, layer)
-    stats = row_stats(form, entropy, layer, labels)
-    return stats, (layer, labels, stats)
+    stats = row_stats(form, entropy, layer, labels, columns)
+    return stats, (layer, labels, columns, stats)
 
 
 def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tuple[Any, ...]:
-    layer, labels, (row_max, logsum, _, h) = kept
-    _, dlogsum, dlabel_logit, dh = above
-    vectors = labels, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
+    layer, labels, columns, (row_max, logsum, _, h) = kept
+    dlogsum, dlabel_logit, dh = columns.above(*above[1:])
+    own = columns.own(labels, layer.weight.shape[0])
+    vectors = columns, own, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
 
     def by(name: str) -> Any:
-        def run(layer: Layer, *vectors: jax.Array) -> Any:
+        def run(layer: Layer, *vectors: Any) -> Any:
             kernels = BACKENDS[name]
             return chunks.row_grad(
                 kernels, layer, form.readout, form.chunk, form.accumulate, form.drop, *vectors
@@ -67,15 +75,18 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
         return run
 
     dhidden, sums = dispatch(form.backend, by, layer, *vectors)
-    return gradient_of(dhidden, sums, 1.0), None
+    return gradient_of(dhidden, sums, 1.0), None, None
 
 
 row_stats.defvjp(_stats_forward, _stats_backward)
 
 
-def statistics(form: Form, entropy: bool, layer: Layer, rows: algebra.Rows) -> algebra.Statistics:
-    """Row statistics, differentiable."""
-    return algebra.statistics(jnp, rows.labels, *row_stats(form, entropy, layer, rows.labels))
+def statistics(
+    form: Form, entropy: bool, layer: Layer, rows: algebra.Rows, own: Rows, columns: Columns
+) -> algebra.Statistics:
+    """Row statistics of whole sequences, differentiable."""
+    found = row_stats(form, entropy, layer, own.own(rows.labels), columns)
+    return algebra.statistics(jnp, rows.labels, *own.whole(found))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,9 +96,11 @@ def linear_loss(
     given: Given,
     rows: algebra.Rows,
     loss: algebra.Objective,
+    own: Rows,
+    columns: Columns,
 ) -> tuple[jax.Array, Metrics]:
     """The summed loss, differentiable by layer and values, and the metrics, which are constants."""
-    stats = statistics(form, loss.entropy_coef is not None, layer, rows)
+    stats = statistics(form, loss.entropy_coef is not None, layer, rows, own, columns)
     step = transition(rows, stats, loss.gamma, algebra.Heads(*given, form.detach_next))
     total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     metrics = algebra.metrics(jnp, rows.kind, loss, stats, step) if form.metrics else None
@@ -101,6 +114,8 @@ class Kept(NamedTuple):
     sums: Sums
     heads: Given
     unit: jax.Array | float
+    own: Rows
+    columns: Columns
 
 
 def _forward(
@@ -109,6 +124,8 @@ def _forward(
     given: Given,
     rows: algebra.Rows,
     loss: algebra.Objective,
+    own: Rows,
+    columns: Columns,
 ) -> tuple[tuple[jax.Array, Metrics], Kept]:
     layer = jax.tree.map(once, layer)
     half = layer.hidden.dtype == jnp.float16
@@ -121,26 +138,38 @@ def _forward(
         loss = loss._replace(mle=loss.mle / unit, td=td)
 
     def by(name: str) -> Any:
-        def run(layer: Layer, given: Given, rows: algebra.Rows, loss: algebra.Objective) -> Any:
-            over = Linear(
-                BACKENDS[name], layer, form.readout, form.chunk, form.accumulate, form.drop
-            )
+        def run(
+            layer: Layer,
+            given: Given,
+            rows: algebra.Rows,
+            loss: algebra.Objective,
+            own: Rows,
+            columns: Columns,
+        ) -> Any:
+            how = form.readout, form.chunk, form.accumulate, form.drop
             heads = algebra.Heads(*given, form.detach_next)
-            out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
+            if own.axis is None and columns.axis is None:
+                over = Linear(BACKENDS[name], layer, *how)
+                out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
+            else:
+                sharded = Sharded(BACKENDS[name], layer, columns, own, *how)
+                out = sharded.loss_and_grad(rows, loss, heads)
             metrics = out.metrics if form.metrics else None
             return out.loss, metrics, *out.gradient, (out.dvalues, out.dnext_values)
 
         return run
 
-    total, metrics, *gradients = dispatch(form.backend, by, layer, given, rows, loss)
-    return (total * unit if half else total, metrics), Kept(*gradients, unit)  # type: ignore[call-arg]
+    arrays = layer, given, rows, loss, own, columns
+    total, metrics, *gradients = dispatch(form.backend, by, *arrays)
+    kept = Kept(*gradients, unit, own, columns)  # type: ignore[call-arg]
+    return (total * unit if half else total, metrics), kept
 
 
 def _backward(form: Form, kept: Kept, above: tuple[jax.Array, Metrics]) -> tuple[Any, ...]:
     factor = above[0] * kept.unit
-    dlayer = gradient_of(kept.dhidden, kept.sums, factor)
     heads = tuple(None if x is None else factor * x for x in kept.heads)
-    return dlayer, heads, None, None
+    (whole,) = kept.columns.above(kept.own.above(factor))
+    return gradient_of(kept.dhidden, kept.sums, whole), heads, None, None, None, None
 
 
 linear_loss.defvjp(_forward, _backward)

@@ -10,7 +10,8 @@ from irl_ops import terms
 from irl_ops.call import read_loss
 from irl_ops.jax.arguments import Array, arguments
 from irl_ops.jax.forward import Loss, loss_of
-from irl_ops.options import IQLearnOptions, MLEOptions, OnlineOptions, signature
+from irl_ops.jax.options import IQLearnOptions, MLEOptions, OnlineOptions
+from irl_ops.options import signature
 
 
 @overload
@@ -63,8 +64,10 @@ def iqlearn_loss(
     and one write of the logits; on TPUs where the compiler moves fewest bytes.
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``checkpoint`` and ``shard_map``; logits that
-    are sharded over batch or sequence stay where they are. Labels and arrays may be traced, and so
-    may the numbers: only True and False, strings, ``ignore_index`` and ``eos_token_id`` are static.
+    are sharded over batch or sequence stay where they are. Inside ``shard_map``, ``vocab_axis`` and
+    ``sequence_axis`` say which parts of the logits other devices hold. Labels and arrays may be
+    traced, and so may the numbers: only True and False, strings, ``ignore_index`` and
+    ``eos_token_id`` are static.
 
     Args:
         logits: float32, bfloat16 or float16 ``[..., T, V]``. The gradient has the same dtype; all
@@ -114,7 +117,20 @@ def iqlearn_loss(
         inplace: the gradient is computed in the forward pass on every backend and for every dtype,
             also where it would wait for the backward pass: on TPUs, and for float16, which then is
             rounded before a loss scale reaches it. The storage of logits that nobody reads later is
-            taken in any case.
+            taken in any case. With an axis, the gradient comes in the backward pass.
+        vocab_axis: axis of the ``shard_map`` that the call is in (or a tuple of axes) along which
+            devices hold the other columns of the logits. Labels and end tokens are numbers of the
+            whole vocabulary; the loss is that of whole rows, the gradient that of the columns here.
+        vocab_start: the first column here, an int or a 0-d array; by default all devices have as
+            many columns, and they follow one another.
+        vocab_size: columns of the whole vocabulary; what is behind them is padding, of
+            probability 0.
+        sequence_axis: axis along which devices hold the other rows of the sequences. All arrays
+            ``[..., T]`` are then those of the rows here, ``cu_seqlens`` and the flags of a sequence
+            those of the whole; loss, N and metrics are those of the whole sequences.
+        sequence_order: integers ``[T]`` or ``[..., T]``, the index in the whole sequence of each
+            row here; by default devices have one contiguous part each. Where all of them together
+            leave out a row, the loss is NaN.
         backend: "pallas" (TPUs), "triton" (GPUs), "native" (CPUs), "reference", or "auto": the
             fastest that serves the platform that the program is lowered for.
 
@@ -139,17 +155,18 @@ def iqlearn_loss(
         >>> loss, dlogits = jax.value_and_grad(iqlearn_loss)(logits, labels, lam=0.1)
     """
     given = dict(options)
+    checks = arguments.over(given)
     call = read_loss(
         "iqlearn_loss",
         IQLearnOptions,
-        arguments,
+        checks,
         terms.iqlearn,
         logits,
         labels,
         given,
         return_metrics,
     )
-    return loss_of(call, logits, labels)
+    return loss_of(call, checks.parallel, logits, labels)
 
 
 @overload
@@ -205,10 +222,11 @@ def mle_loss(
         >>> dlogits = jax.grad(mle_loss)(logits, labels, entropy_coef=0.01)
     """
     given = dict(options)
+    checks = arguments.over(given)
     call = read_loss(
-        "mle_loss", MLEOptions, arguments, terms.mle, logits, labels, given, return_metrics
+        "mle_loss", MLEOptions, checks, terms.mle, logits, labels, given, return_metrics
     )
-    return loss_of(call, logits, labels)
+    return loss_of(call, checks.parallel, logits, labels)
 
 
 @overload
@@ -291,6 +309,11 @@ def online_iqlearn_loss(
         values: ``[..., T]``.
         return_metrics: also return the metrics, means over expert and agent rows together.
         inplace: the gradient is computed in the forward pass on every backend.
+        vocab_axis: axis along which the columns are sharded.
+        vocab_start: the first column here.
+        vocab_size: columns without padding.
+        sequence_axis: axis along which the rows are sharded.
+        sequence_order: index in the whole of each row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Example:
@@ -300,10 +323,11 @@ def online_iqlearn_loss(
         >>> dlogits = jax.grad(online_iqlearn_loss)(logits, labels, is_expert)
     """
     given = dict(options)
+    checks = arguments.over(given)
     call = read_loss(
         "online_iqlearn_loss",
         OnlineOptions,
-        arguments,
+        checks,
         terms.online_iqlearn,
         logits,
         labels,
@@ -311,4 +335,4 @@ def online_iqlearn_loss(
         return_metrics,
         is_expert,
     )
-    return loss_of(call, logits, labels)
+    return loss_of(call, checks.parallel, logits, labels)

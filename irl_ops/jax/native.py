@@ -19,7 +19,9 @@ import jax
 import numpy as np
 
 from irl_ops.jax import private
+from irl_ops.jax.columns import OverColumns
 from irl_ops.jax.operation import Function, array_like, operation, vector_like
+from irl_ops.jax.shards import Columns
 from irl_ops.kernels import reference
 
 try:
@@ -110,6 +112,15 @@ def _running_api() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
+RUN = {
+    "row_stats": _run_row_stats,
+    "row_grad": _run_row_grad,
+    "row_stats_grad": _run_row_stats_grad,
+    "label_logit": _run_label_logit,
+    "set_label": _run_set_label,
+}
+
+
 def _operation(plain: Function, run: Function) -> Function:
     def choose(ctx: Any) -> Function:
         if private.partitions(ctx) > 1 and not called_by_xla():
@@ -120,7 +131,11 @@ def _operation(plain: Function, run: Function) -> Function:
             )
         return run
 
-    return operation(plain, cpu=choose)
+    def over_columns(columns: Columns) -> Function:
+        part: Function = getattr(OverColumns(RUN, columns), plain.__name__)
+        return part
+
+    return operation(plain, over_columns, cpu=choose)
 
 
 row_stats = _operation(reference.row_stats, _run_row_stats)

@@ -2,14 +2,15 @@
 
 An operation's arrays have the same leading axes, the rows; logits and gradients have one more, the
 vocabulary. So every operation is batched by one more leading axis, and partitioned over devices by
-its rows: logits sharded over batch or sequence stay where they are, a sharded vocabulary is
-gathered.
+its rows: logits sharded over batch or sequence stay where they are, and so do those whose
+vocabulary is sharded in equal parts, where ``over_columns`` says what becomes of the operation.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,16 +22,26 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irl_ops.jax import private
+from irl_ops.jax.shards import Columns
 
 Function = Callable[..., Any]
 
 
-def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Function:
+OverColumns = Callable[[Columns], Function]
+
+
+def operation(
+    plain: Function,
+    over_columns: OverColumns | None = None,
+    **chosen: Callable[[Any], Function],
+) -> Function:
     """A function that takes and returns what ``plain`` does; flags are static.
 
     Args:
         plain: gives the types. Its first argument has the rows' axes and the vocabulary. Where it
             is chosen, XLA partitions it as it sees fit.
+        over_columns: the function to lower on a device that has some columns of its rows; without
+            it they are gathered.
         **chosen: by platform, the function to lower, given jax's context of the lowering. It takes
             the same arrays, those that are not None.
 
@@ -64,7 +75,9 @@ def operation(plain: Function, **chosen: Callable[[Any], Function]) -> Function:
         kernel = choose(ctx)
         run: Function = functools.partial(_listed, kernel, **static)
         if private.partitions(ctx) > 1 and kernel is not plain:
-            run = _by_rows(run, [x.ndim for x in ctx.avals_in], [x.ndim for x in ctx.avals_out])
+            given_ndims, out_ndims = ([x.ndim for x in y] for y in (ctx.avals_in, ctx.avals_out))
+            parted = over_columns and functools.partial(_on_columns, over_columns, **static)
+            run = _by_rows(run, parted, given_ndims, out_ndims)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
     def refuse(ctx: Any, *_: Any, **__: Any) -> Any:
@@ -107,25 +120,42 @@ def _refused(*_: Any, **__: Any) -> Any:
     raise NotImplementedError(f"{private.missing()}; accepted: backend='reference'")
 
 
-def _by_rows(run: Function, given: list[int], out: list[int]) -> Function:
+def _by_rows(
+    run: Function, parted: Callable[[Columns], Function] | None, given: list[int], out: list[int]
+) -> Function:
     """``run`` on each device's rows; the numbers of axes of what it takes and returns."""
     lead = given[0] - 1
     names = [f"r{i}" for i in range(lead)]
 
     def rule(ndims: list[int], of: str) -> str:
-        vocab = [f"{of}{i}" for i in range(len(ndims))]
+        vocab = [f"{of}{i}" if parted is None else "v" for i in range(len(ndims))]
         return ", ".join(
             " ".join([*names, *([v] if n > lead else [])])
             for n, v in zip(ndims, vocab, strict=True)
         )
 
+    def axis_of(mesh: Any, logits: Any) -> Any:
+        """The mesh axes over which the vocabulary stays sharded."""
+        spec = tuple(logits.sharding.spec)
+        axis = spec[lead] if len(spec) > lead else None
+        if axis is None or parted is None:
+            return None
+        names = axis if isinstance(axis, tuple) else (axis,)
+        return None if logits.shape[lead] % math.prod(mesh.shape[x] for x in names) else axis
+
     def spread(mesh: Any, logits: Any, ndims: list[int]) -> tuple[NamedSharding, ...]:
         spec = tuple(logits.sharding.spec)[:lead]
         spec += (None,) * (lead - len(spec))
-        return tuple(NamedSharding(mesh, PartitionSpec(*spec, *[None] * (n - lead))) for n in ndims)  # type: ignore[no-untyped-call]
+        vocab = axis_of(mesh, logits)
+        return tuple(
+            NamedSharding(mesh, PartitionSpec(*spec, *[vocab] * (n - lead)))  # type: ignore[no-untyped-call]
+            for n in ndims
+        )
 
     def partition(mesh: Any, shapes: Any, results: Any) -> Any:
-        return mesh, run, list(spread(mesh, shapes[0], out)), spread(mesh, shapes[0], given)
+        axis = axis_of(mesh, shapes[0])
+        here = run if axis is None or parted is None else parted(Columns(axis))
+        return mesh, here, list(spread(mesh, shapes[0], out)), spread(mesh, shapes[0], given)
 
     def infer(mesh: Any, shapes: Any, results: Any) -> Any:
         return list(spread(mesh, shapes[0], out))
@@ -154,6 +184,10 @@ def vector_like(logits: jax.Array) -> Any:
 def array_like(logits: jax.Array) -> Any:
     """The type of the logits' gradient."""
     return jax.ShapeDtypeStruct(logits.shape, logits.dtype)  # type: ignore[no-untyped-call]
+
+
+def _on_columns(over_columns: OverColumns, columns: Columns, **static: Any) -> Function:
+    return functools.partial(_listed, over_columns(columns), **static)
 
 
 def _listed(run: Function, *given: Any, **static: Any) -> list[Any]:

@@ -57,6 +57,47 @@ def emit_callback(ctx: Any, call: Callable[..., Any], given: Sequence[Any]) -> A
     return results
 
 
+def checks_varying(axis: Any) -> bool:
+    """Whether the ``shard_map`` of this axis follows which arrays vary over it (``check_vma``)."""
+    return bool(_varies_over(jax.lax.axis_index(axis)))
+
+
+def gather(x: jax.Array, axis: Any) -> jax.Array:
+    """``x`` of all devices of the axis, stacked on a new first one; the same on all of them.
+
+    JAX's types know that it is the same, where they are checked.
+    """
+    if not checks_varying(axis):
+        every: jax.Array = jax.lax.all_gather(x, axis)
+    elif hasattr(jax.lax, "all_gather_invariant"):
+        every = jax.lax.all_gather_invariant(x, axis)
+    else:
+        every = jax.lax.all_gather(x, axis, to="invarying")
+    return every
+
+
+def varying(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x``, whose type varies over the axes that ``like`` varies over too.
+
+    In reverse that is the sum over those axes of which ``x`` was the same.
+    """
+    more = tuple(sorted(_varies_over(like) - _varies_over(x), key=str))
+    if not more:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        wider: jax.Array = jax.lax.pcast(x, more, to="varying")
+    else:
+        wider = jax.lax.pvary(x, more)  # type: ignore[attr-defined]
+    return wider
+
+
+def _varies_over(x: Any) -> frozenset[Any]:
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return frozenset(kind.manual_axis_type.varying)
+    return frozenset(getattr(kind, "vma", ()))
+
+
 def _gone(name: str) -> str:
     return f"JAX {jax.__version__} has no {name}, which this backend is built on"
 

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from irl_ops import algebra
+from irl_ops.call import Call, Parallel, StatsCall
 from irl_ops.jax.backends import BACKENDS, check_backend
 from irl_ops.jax.rows import constant
+from irl_ops.jax.shards import Columns, Rows
 from irl_ops.measures import Measures
 
 STATIC = {
     "ignore_index", "shift", "eos_token_id", "boundary", "reduction", "detach_next",
     "entropy", "metrics", "inplace", "backend", "readout", "entropy_grad", "extras",
+    "vocab_group", "vocab_size", "sequence_group",
 }  # fmt: skip
 """The options that a program is made for; all others are arrays, or numbers that it takes."""
 
-RECORDS = (algebra.Sequence, algebra.Weighting, algebra.Terms, algebra.Heads, Measures)
+RECORDS = (
+    algebra.Sequence, algebra.Weighting, algebra.Terms, algebra.Heads, Measures,
+    Call, StatsCall, Parallel,
+)  # fmt: skip
 
 
-def part(call: Any, logits: Any) -> tuple[Any, Any]:
+class Placed(NamedTuple):
+    """A call, and which part of its rows and columns is on this device."""
+
+    call: Any
+    parallel: Parallel
+
+
+def part(call: Any, parallel: Parallel, logits: Any) -> tuple[Any, Any]:
     """A call twice: what a program is made for, which is hashable, and what it takes.
 
     None stands for the fields that are in the other half, and for options that are absent.
@@ -29,13 +42,13 @@ def part(call: Any, logits: Any) -> tuple[Any, Any]:
     backend = serving(call.backend, logits)
     measures = getattr(call, "measures", None)
     if measures is not None and not measures.plain:
-        refuse_measures(backend)
-    call = call._replace(backend=backend)
-    return _half(call, True), _half(call, False)
+        refuse_measures(backend, parallel)
+    placed = Placed(call._replace(backend=backend), parallel)
+    return _half(placed, True), _half(placed, False)
 
 
 def join(static: Any, traced: Any) -> Any:
-    """The call that ``part`` took apart."""
+    """What ``part`` took apart."""
     return static._make(
         join(a, b) if isinstance(a, RECORDS) else (b if a is None else a)
         for a, b in zip(static, traced, strict=True)
@@ -65,8 +78,14 @@ def serving(backend: str, logits: Any) -> str:
     return "reference"
 
 
-def refuse_measures(backend: str) -> None:
-    """Raises where a backend that was named has plain row kernels alone."""
+def refuse_measures(backend: str, parallel: Parallel) -> None:
+    """Raises over devices, and where a backend that was named has plain row kernels alone."""
+    if parallel.vocab_group is not None or parallel.sequence_group is not None:
+        raise NotImplementedError(
+            "vocab_axis or sequence_axis with extra_ids, keep_mask, keep_above, extras or a "
+            "temperature that is an array; accepted: a temperature that is one number, value, "
+            "logprob, entropy and reward"
+        )
     if backend != "auto" and not hasattr(BACKENDS[backend], "row_measures"):
         raise ValueError(
             f"backend {backend!r} has no kernels for a temperature by row, extra_ids, keep_mask, "
@@ -79,10 +98,52 @@ def computed_in(logits: Any) -> Any:
     return jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
 
 
-def rows_of(labels: jax.Array, vocab: int, sequence: algebra.Sequence) -> algebra.Rows:
-    """The labels aligned with their logits, int32, and the kind of every row."""
-    rows = algebra.align(jnp, labels, vocab, sequence)
-    return rows._replace(labels=rows.labels.astype(jnp.int32))
+class Whole(NamedTuple):
+    """A call with whole sequences, whatever of them is on this device."""
+
+    rows: algebra.Rows  # the labels int32
+    call: Any
+    own: Rows
+    columns: Columns
+
+
+def whole(labels: jax.Array, width: int, placed: Placed) -> Whole:
+    """The labels aligned with their logits, and the kind of every row.
+
+    Where sequences are spread over devices, all that is known of each row is gathered first.
+    """
+    call, given = placed
+    columns = Columns(given.vocab_group, given.vocab_size, given.vocab_start)
+    own = Rows.over(given.sequence_group, given.sequence_order)
+    labels, call = _gathered(own, labels, call)
+    rows = algebra.align(jnp, labels, columns.vocabulary(width), call.sequence)
+    rows = rows._replace(labels=own.checked(rows.labels.astype(jnp.int32)))
+    return Whole(rows, call, own, columns)
+
+
+PER_ROW = {
+    "sequence": ("where", "segment_ids", "position_ids", "truncated"),
+    "heads": ("values", "next_values"),
+    "weighting": ("token_weights",),
+    "terms": ("is_expert",),
+}
+"""The arrays ``[..., T]`` of a call; two of them may have one flag per sequence instead."""
+
+
+def _gathered(own: Rows, labels: jax.Array, call: Any) -> tuple[jax.Array, Any]:
+    found = {
+        (record, name): getattr(getattr(call, record), name)
+        for record, names in PER_ROW.items()
+        if hasattr(call, record)
+        for name in names
+    }
+    found = {key: x for key, x in found.items() if x is not None and x.ndim == labels.ndim}
+    heads = {key: found.pop(key) for key in list(found) if key[0] == "heads"}
+    labels, found = own.whole((labels, found))
+    found |= own.whole(heads)  # apart: these alone are differentiated by
+    for (record, name), x in found.items():
+        call = call._replace(**{record: getattr(call, record)._replace(**{name: x})})
+    return labels, call
 
 
 def objective(rows: algebra.Rows, call: Any, dtype: Any) -> algebra.Objective:

@@ -9,43 +9,69 @@ import jax
 import jax.numpy as jnp
 
 from irl_ops.jax.backends import BACKENDS, dispatch
+from irl_ops.jax.shards import Columns
 from irl_ops.readout import Readout
 
 RowStats = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def row_stats(
-    logits: jax.Array, labels: jax.Array, entropy: bool, backend: str, readout: Readout
+    logits: jax.Array,
+    labels: jax.Array,
+    columns: Columns,
+    entropy: bool,
+    backend: str,
+    readout: Readout,
 ) -> RowStats:
     """``(row_max, logsum, label_logit, entropy)`` of every row; see ``irl_ops.kernels.reference``.
 
     ``row_max`` counts as a constant: whatever is computed from it has to depend on the sum
-    ``row_max + logsum`` alone, whose gradient is p.
+    ``row_max + logsum`` alone, whose gradient is p. Where the columns are spread over devices,
+    labels and statistics are those of whole rows.
     """
+    return _statistics(columns.masked(logits), labels, columns, entropy, backend, readout)
 
+
+def _statistics(
+    logits: jax.Array,
+    labels: jax.Array,
+    columns: Columns,
+    entropy: bool,
+    backend: str,
+    readout: Readout,
+) -> RowStats:
     def by(name: str) -> Any:
         return functools.partial(BACKENDS[name].row_stats, entropy=entropy, **readout.keywords)
 
-    stats: RowStats = dispatch(backend, by, logits, labels)
+    own = columns.own(labels, logits.shape[-1])
+    stats: RowStats = columns.merged(labels, dispatch(backend, by, logits, own))
     return stats
 
 
 def _forward(
-    logits: jax.Array, labels: jax.Array, entropy: bool, backend: str, readout: Readout
+    logits: jax.Array,
+    labels: jax.Array,
+    columns: Columns,
+    entropy: bool,
+    backend: str,
+    readout: Readout,
 ) -> tuple[RowStats, Any]:
-    logits = once(logits)
-    row_max, logsum, label_logit, h = row_stats(logits, labels, entropy, backend, readout)
-    return (row_max, logsum, label_logit, h), (logits, labels, row_max, logsum, h)
+    logits = columns.masked(once(logits))
+    stats = _statistics(logits, labels, columns, entropy, backend, readout)
+    row_max, logsum, _, h = stats
+    return stats, (logits, labels, columns, row_max, logsum, h)
 
 
 def _backward(
     entropy: bool, backend: str, readout: Readout, saved: Any, above: RowStats
-) -> tuple[jax.Array | None, None]:
-    logits, labels, row_max, logsum, h = saved
-    _, dlogsum, dlabel_logit, dh = above
+) -> tuple[jax.Array | None, None, None]:
+    logits, labels, columns, row_max, logsum, h = saved
+    labels = columns.own(labels, logits.shape[-1])
+    dlogsum, dlabel_logit, dh = columns.above(*above[1:])
     coefficients = row_coefficients(h, dlogsum, dlabel_logit, dh)
-    return row_grad(backend, readout, logits, labels, row_max, logsum, *coefficients), None
+    dlogits = row_grad(backend, readout, logits, labels, row_max, logsum, *coefficients)
+    return dlogits, None, None
 
 
 row_stats.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from irl_ops import algebra
 from irl_ops.jax import rows as differentiable
 from irl_ops.jax.backends import BACKENDS, dispatch
+from irl_ops.jax.shards import Columns, Rows
 from irl_ops.readout import Readout
 
 AT_ONCE = ("triton", "native")
@@ -72,7 +73,9 @@ def scalar_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The loss, differentiable by logits and values, and the metrics, which are constants."""
     with_entropy = loss.entropy_coef is not None
-    stats = statistics(logits, rows, with_entropy, static.backend, static.readout)
+    stats = statistics(
+        logits, rows, Rows(), Columns(), with_entropy, static.backend, static.readout
+    )
     step = transition(rows, stats, loss.gamma, static.heads(given))
     total = jnp.sum(algebra.row_losses(jnp, loss, stats, step))
     return total, _metrics(static, rows, loss, stats, step)
@@ -197,11 +200,19 @@ scalar_loss.defvjp(_forward, _backward)
 
 
 def statistics(
-    logits: jax.Array, rows: algebra.Rows, entropy: bool, backend: str, readout: Readout
+    logits: jax.Array,
+    rows: algebra.Rows,
+    own: Rows,
+    columns: Columns,
+    entropy: bool,
+    backend: str,
+    readout: Readout,
 ) -> algebra.Statistics:
-    """Row statistics from one read of the logits, differentiable."""
-    found = differentiable.row_stats(logits, rows.labels, entropy, backend, readout)
-    return algebra.statistics(jnp, rows.labels, *found)
+    """Row statistics of whole sequences from one read of the logits here, differentiable."""
+    found = differentiable.row_stats(
+        logits, own.own(rows.labels), columns, entropy, backend, readout
+    )
+    return algebra.statistics(jnp, rows.labels, *own.whole(found))
 
 
 def transition(

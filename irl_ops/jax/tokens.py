@@ -12,9 +12,10 @@ from irl_ops import algebra
 from irl_ops.call import StatsCall, read_stats
 from irl_ops.jax import measures
 from irl_ops.jax.arguments import Array, arguments
-from irl_ops.jax.program import computed_in, heads_of, join, part, rows_of
+from irl_ops.jax.options import StatsOptions
+from irl_ops.jax.program import computed_in, heads_of, join, part, whole
 from irl_ops.jax.scalar_loss import statistics, transition
-from irl_ops.options import StatsOptions, signature
+from irl_ops.options import signature
 
 
 class TokenStats(NamedTuple):
@@ -97,6 +98,12 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
             has the log-likelihood -inf; a row of which nothing is kept has the value -inf, the
             entropy 0, and gradient 0.
         extras: names among "log_sum_sq", "top1" and "mean_logit", fields of the result.
+        vocab_axis: axis along which the columns are sharded.
+        vocab_start: the first column here.
+        vocab_size: columns without padding.
+        sequence_axis: axis along which the rows are sharded; the results are those of the rows
+            here, which see their next rows on other devices.
+        sequence_order: index in the whole of each row here.
         backend: a name of ``available_backends()``, or "auto".
 
     Returns:
@@ -111,20 +118,23 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
         >>> stats.reward.shape
         (2, 8)
     """
-    call = read_stats("token_stats", StatsOptions, arguments, logits, labels, dict(options))
-    static, traced = part(call, logits)
+    given = dict(options)
+    checks = arguments.over(given)
+    call = read_stats("token_stats", StatsOptions, checks, logits, labels, given)
+    static, traced = part(call, checks.parallel, logits)
     stats: TokenStats = _run(static, logits, labels, traced)
     return stats
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> TokenStats:
-    call, dtype = join(static, traced), computed_in(logits)
-    rows = rows_of(labels, logits.shape[-1], call.sequence)
-    if call.measures.plain:
-        stats = statistics(logits, rows, call.entropy, call.backend, call.readout)
-        return fields(call, rows, stats, {}, dtype)
-    return fields(call, rows, *measures.statistics(call, logits, rows), dtype)
+    placed, dtype = join(static, traced), computed_in(logits)
+    rows, call, own, columns = whole(labels, logits.shape[-1], placed)
+    if not call.measures.plain:  # on one device
+        return fields(call, rows, *measures.statistics(call, logits, rows), dtype)
+    stats = statistics(logits, rows, own, columns, call.entropy, call.backend, call.readout)
+    mine: TokenStats = own.own(fields(call, rows, stats, {}, dtype))
+    return mine
 
 
 def fields(

@@ -41,7 +41,8 @@ def test_programs_meet_what_they_have_to(
     generation: str, vocab: int, dtype: str, width: int
 ) -> None:
     """A kernel, no memory beside the logits, no byte more than XLA's own form."""
-    options = ["--vocabs", str(vocab), "--dtypes", dtype, "--widths", str(width), "--no-chunks"]
+    options = ["--vocabs", str(vocab), "--dtypes", dtype, "--widths", str(width)]
+    options += ["--no-chunks", "--no-meshes"]
     told = compile_for(generation, *options, "--forms", "pallas", "selecting")
     assert "1 programs, 0 that miss " in told
 
@@ -49,7 +50,15 @@ def test_programs_meet_what_they_have_to(
 @pytest.mark.slow
 def test_logits_that_are_never_stored() -> None:
     """A chunk of them in memory, in a loop of three products that is not unrolled."""
-    assert "1 programs, 0 that miss " in compile_for("v5e", "--no-steps")
+    assert "1 programs, 0 that miss " in compile_for("v5e", "--no-steps", "--no-meshes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v5e", "v5p"])
+def test_meshes_of_256_chips(generation: str) -> None:
+    """Data, sequence and vocabulary sharded at once: nothing as wide as a row is sent."""
+    told = compile_for(generation, "--no-steps", "--no-chunks")
+    assert "2 programs, 0 that miss " in told
 
 
 SEVERAL = """
@@ -106,7 +115,7 @@ def test_an_unmet_limit_is_an_error() -> None:
         "    def __enter__(self): return self\n"
         "    def __exit__(self, *_): pass\n"
         "    def map(self, *_): return [r]\n"
-        "sys.argv = ['x', '--no-loops', '--no-chunks']\n"
+        "sys.argv = ['x', '--no-loops', '--no-chunks', '--no-meshes']\n"
         "sys.exit(a.main())\n"
     )
     done = subprocess.run(

@@ -36,7 +36,8 @@ def main(backend: str) -> None:
     def place(x: jax.Array, *axes: Any) -> jax.Array:
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    for axes in [("data",), (("data", "model"),), ("data", "model"), (None, None, "model")]:
+    over_rows = [("data",), (("data", "model"),), ("data", "model")]
+    for axes in [*over_rows, (None, None, "model"), ("data", None, "model")]:
         q, y = place(logits, *axes), place(labels, *axes[:2])
         for run in (
             loss,
@@ -46,11 +47,13 @@ def main(backend: str) -> None:
             value, dlogits = compiled(q, y)
             close(value, wanted.loss)
             close(dlogits, wanted.dlogits)
-            if len(axes) < 3:  # the rows stay where they are: nothing as large as a row is moved
-                assert dlogits.sharding.is_equivalent_to(q.sharding, 3), dlogits.sharding
-                moves = ("all-gather(", "all-to-all(", "collective-permute(", "all-reduce(")
-                lines = [x for x in compiled.as_text().splitlines() if any(m in x for m in moves)]
-                assert lines and not [x for x in lines if f",{V}]" in x], lines
+            if backend == "pallas" and len(axes) == 3:  # interpreted kernels read whole rows
+                continue
+            # logits stay where they are: nothing as large as a row, or as its half, is moved
+            assert dlogits.sharding.is_equivalent_to(q.sharding, 3), dlogits.sharding
+            moves = ("all-gather(", "all-to-all(", "collective-permute(", "all-reduce(")
+            lines = [x for x in compiled.as_text().splitlines() if any(m in x for m in moves)]
+            assert lines and not [x for x in lines if f",{V}]" in x or f",{V // 2}]" in x], lines
         stats = jax.jit(partial(irl.token_stats, gamma=0.9, backend=backend))(q, y)
         close(stats.reward, reference.token_stats(*map(np.asarray, (q, y)), gamma=0.9).reward)
 
