@@ -222,6 +222,8 @@ MUTANTS = [
         "where_from = xp.argsort(order, axis=-1)",
         "where_from = order",
         f"{SHARDS}test_rows_in_the_order_of_the_sequence_and_back",
+    ),
+    Mutant(
         "value objective: samples are imitated",
         ALGEBRA,
         "xp.where(used & (shares.mle != 0), -shares.mle * reward, 0.0)",

@@ -108,8 +108,13 @@ class UnstoredLogits(Tensor):
         made = self.made
 
         def of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-            # a clone: FSDP hangs a hook on it, which a view would lose where a Trainer scales it
-            return lambda hidden: compute(_logits(made, linear, hidden)).clone()
+            def forward(hidden: Tensor) -> Tensor:
+                # a clone: FSDP hangs a hook on it, which a view would lose where a Trainer scales
+                # it; what is no tensor, a loss with its metrics, is left to who computes it
+                found = compute(_logits(made, linear, hidden))
+                return found.clone() if isinstance(found, Tensor) else found
+
+            return forward
 
         with ExitStack() as stack:
             for linear in linears(made.layer):
