@@ -72,14 +72,26 @@ def documents(lengths=(5, 8, 3, 6, 7, 4)):
     return [[*torch.randint(3, VOCAB, (n,)).tolist(), END] for n in lengths]
 
 
-def reference(model, made, prompt=2):
-    """Sum and count over separate documents of a float64 copy; prompts are no labels."""
+def unshifted(tokens):
+    """Labels: some documents have no prompt, and long ones a second turn, whose question has none.
+
+    So neither the mask nor the positions could be left out: a label is followed by a row that does
+    not count, and an end by a row that does.
+    """
+    labels = torch.tensor([tokens])
+    labels[:, : 1 + len(tokens) % 2] = -100
+    if len(tokens) > 6:
+        labels[:, 4:6] = -100
+    return labels
+
+
+def reference(model, made):
+    """Sum and count over separate documents of a float64 copy."""
     model = copy.deepcopy(model).double()
     total = count = 0
     for tokens in made:
         ids = torch.tensor([tokens])
-        labels = ids.clone()
-        labels[:, :prompt] = -100
+        labels = unshifted(tokens)
         logits = model.output_layer(model.embedding(ids))[..., :VOCAB]
         loss, n = naive_sum(logits, labels, shift=True, lam=0.3, gamma=0.9)
         total, count = total + loss, count + n
@@ -87,9 +99,9 @@ def reference(model, made, prompt=2):
     return total / count, {n: p.grad for n, p in model.named_parameters()}
 
 
-def row(tokens, prompt=2):
+def row(tokens):
     """Inputs, shifted labels and mask of a document, as data sets for fine-tuning make them."""
-    mask = [0.0] * (prompt - 1) + [1.0] * (len(tokens) - prompt)
+    mask = (unshifted(tokens)[0, 1:] != -100).float().tolist()
     return tokens[:-1], tokens[1:], mask, list(range(len(tokens) - 1))
 
 
