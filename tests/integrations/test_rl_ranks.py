@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from irl_ops.integrations.rl import nemo_rl, slime, verl
-from irl_ops.torch import linear_token_stats, token_stats
+from irl_ops.torch import linear_token_stats, sft, token_stats
 
 V, RANKS = 60, 2
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums over the columns in another order
@@ -39,6 +39,7 @@ def results(part: slice, group: Any) -> dict[str, Any]:
     keep = torch.rand(6, V) < 0.5
     above = torch.randn(12)
     start, stop, _ = part.indices(V)
+    shared = {"vocab_group": group} if group else {}
 
     def run(function: Any, *leaves: torch.Tensor) -> Any:
         leaves = tuple(x.clone().requires_grad_() for x in leaves)
@@ -68,6 +69,10 @@ def results(part: slice, group: Any) -> dict[str, Any]:
                 )
             ],
             states.tensor_split(RANKS)[start * RANKS // V] if group else states, weight[part],
+        ),
+        "dft": run(
+            lambda x: [sft.dft_loss(token_stats(x, tokens, **shared), reduction="none")],
+            whole,
         ),
         "slime, filtered": run(
             lambda x: slime.calculate_log_probs_and_entropy(
