@@ -121,7 +121,8 @@ class Sharded(NamedTuple):
             _, (x, found) = if_needed(read, None)
             found = self.columns.merged(label, found)
             stats, a, c = finish(window, found, behind)
-            b = jnp.zeros_like(a) if not entropy else window(given.entropy_weight)
+            weight = given.entropy_weight
+            b = jnp.zeros_like(a) if weight is None else window(weight)
 
             def write(sums: Sums) -> Any:
                 row_max, logsum, *_ = found
