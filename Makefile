@@ -25,9 +25,12 @@ endif
 export CXX
 
 # These need neither JAX nor the compilers for GPUs and TPUs.
-ifneq ($(filter demo toy-mdp study profile-steps,$(MAKECMDGOALS)),)
+DEMOS := demo toy-mdp study profile-steps
+ifneq ($(MAKECMDGOALS),)
+ifeq ($(filter-out $(DEMOS),$(MAKECMDGOALS)),)
 ifeq ($(origin EXTRAS),file)
 EXTRAS := demo
+endif
 endif
 endif
 
@@ -37,7 +40,7 @@ WANT   := $(subst $(comma), ,$(EXTRAS))
 ALL    := $(subst $() ,$(comma),$(sort $(HAVE) $(WANT)))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo toy-mdp demo-jax fuzz mutants bench bench-parallel aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
+.PHONY: help test demo study profile-steps toy-mdp demo-jax fuzz mutants bench bench-parallel aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -51,6 +54,12 @@ demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compar
 
 toy-mdp: $(READY)  ## Fig. 11: what samples add to demonstrations, by objective
 	$(BIN)/python examples/toy_mdp.py $(ARGS)
+
+study: $(READY)  ## quality beside diversity for all losses; about 40 minutes on two cores
+	$(BIN)/python examples/run_study.py $(ARGS)
+
+profile-steps: $(READY)  ## Table 1: what an update costs with each system, as a ratio of MLE's
+	$(BIN)/python examples/profile_steps.py $(ARGS)
 
 # An environment of its own: without torch, and without the TPU compiler of the tests, which JAX
 # would ask for TPUs.

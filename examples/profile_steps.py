@@ -4,8 +4,8 @@
     python examples/profile_steps.py --shapes base large xl --scale 1 --device cuda
 
 Random weights and tokens; the trainers are the library's own, and the time of an update is what
-they take between two callbacks, sampling apart. The systems take turns, in an order drawn anew in each
-round, on copies of the same weights.
+they take between two callbacks, sampling apart. The systems take turns, in an order drawn anew in
+each round, on copies of the same weights.
 """
 
 import argparse
