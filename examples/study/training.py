@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     PreTrainedModel,
@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import irl_ops.torch as irl
+from irl_ops.integrations.transformers import apply_iqlearn
 from irl_ops.schedules import warmup_ramp
 from study.config import Run
 from study.start import Row, Sizes, Start
@@ -48,35 +48,34 @@ class OfflineTrainer(Trainer):
     """MLE, entropy-regularised MLE and offline IQLearn, with all that the study varies."""
 
     def __init__(self, run: Run, initial: PreTrainedModel, ends: list[int], **kwargs: Any) -> None:
+        self.run = run
+        self.weight = torch.zeros((), device=kwargs["args"].device)  # lam, set at each step
+        # Where documents end is known from their end tokens, unless ``boundary`` is what is varied.
+        apply_iqlearn(
+            kwargs["model"], lam=self.weight, gamma=run.gamma, entropy_coef=run.entropy_coef,
+            z_loss=run.z_loss, boundary=run.boundary, value_head=run.value_head,
+            eos_token_id=ends if run.boundary == "terminal" else None,
+        )  # fmt: skip
         super().__init__(**kwargs)
-        self.run, self.ends = run, ends
         self.initial = initial.eval() if run.kl else None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
         """The loss of a batch, the mean over its labels."""
-        labels = inputs.pop("labels")
-        two_parts = model.config.is_encoder_decoder
-        outputs = model(**inputs, output_hidden_states=self.run.value_head, use_cache=False)
-        values = None
-        if self.run.value_head:
-            hidden = outputs.decoder_hidden_states if two_parts else outputs.hidden_states
-            values = model.value_head(hidden[-1])[..., 0].float()
-        # Where documents end is known from their end tokens, unless ``boundary`` is what is varied.
-        ends = self.ends if self.run.boundary == "terminal" else None
-        loss = irl.iqlearn_loss(
-            outputs.logits, labels, lam=self.lam(), gamma=self.run.gamma, values=values,
-            entropy_coef=self.run.entropy_coef, z_loss=self.run.z_loss, shift=not two_parts,
-            boundary=self.run.boundary, eos_token_id=ends,
-        )  # fmt: skip
+        self.weight.fill_(self.lam())
+        outputs = model(**inputs)
+        loss = outputs.loss
         if self.initial is not None:
+            two_parts = model.config.is_encoder_decoder
             with torch.no_grad():
-                reference = self.initial(**inputs, use_cache=False).logits
-            loss = loss + self.run.kl * divergence(outputs.logits, reference, labels, two_parts)
+                reference = self.initial(**inputs).logits
+            loss = loss + self.run.kl * divergence(
+                outputs.logits, reference, inputs["labels"], two_parts
+            )
         return (loss, outputs) if return_outputs else loss
 
-    def lam(self) -> Tensor:
+    def lam(self) -> float:
         """The weight of the TD term in this update: none at first, and none at the end."""
         steps, run = self.args.max_steps, self.run
         warm = round(run.warmup * steps)
@@ -84,8 +83,7 @@ class OfflineTrainer(Trainer):
         if run.anneal:
             start = max(warm, round((1 - run.anneal) * steps))
             falls = {"anneal_start": start, "anneal_steps": steps - start}
-        now = warmup_ramp(self.state.global_step, lam=run.lam, warmup_steps=warm, **falls)
-        return torch.tensor(now, device=self.model.device)
+        return warmup_ramp(self.state.global_step, lam=run.lam, warmup_steps=warm, **falls)
 
 
 def divergence(logits: Tensor, reference: Tensor, labels: Tensor, two_parts: bool) -> Tensor:
@@ -146,10 +144,6 @@ def _offline(
     start: Start, model: PreTrainedModel, run: Run, sizes: Sizes, seed: int,
     common: dict[str, Any], evaluate: Evaluate | None = None,
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:  # fmt: skip
-    if run.value_head:
-        width = start.model.get_output_embeddings().weight.shape[1]
-        model.value_head = nn.Linear(width, 1)
-        nn.init.zeros_(model.value_head.weight)
     initial = copy.deepcopy(start.model) if run.kl else model
     trainer = OfflineTrainer(
         run, initial, start.scorer.ends, model=model,

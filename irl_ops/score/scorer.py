@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,6 +35,9 @@ class Encoded(NamedTuple):
 
 class Scorer:
     r"""Scores answers: :math:`r_t = Q(s_t, a_t) - \gamma V(s_{t+1})`, V = 0 after the end token.
+
+    A model that was saved with a value head (``apply_iqlearn(model, value_head=True)``) has its V,
+    and Q = V + log pi; of any other, V and Q are those of the logits.
 
     Only the rows of answers reach the last layer, packed, through
     ``irl_ops.torch.linear_token_stats``: no logits are stored, whatever the vocabulary.
@@ -73,6 +75,10 @@ class Scorer:
         config = model.config.get_text_config(decoder=True)
         self.two_parts = bool(model.config.is_encoder_decoder)
         self.max_length = max_length or getattr(config, "max_position_embeddings", None)
+        if getattr(config, "iqlearn_value_head", False):  # what apply_iqlearn has saved
+            from irl_ops.integrations.transformers.value_head import add_value_head
+
+            add_value_head(model)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token; accepted: one with eos_token")
         self.ends = _ends(model, tokenizer)
@@ -203,7 +209,8 @@ class Scorer:
         Each has one row more than tokens: that of the state after its last token, from which an
         unfinished answer bootstraps.
         """
-        from irl_ops.integrations.transformers.fused import unstored_logits
+        from irl_ops.integrations.transformers.fused import input_of, unstored_logits
+        from irl_ops.integrations.transformers.value_head import values_of
         from irl_ops.torch import linear_token_stats, token_stats
 
         width = next(reversed(inputs.values())).shape[1]
@@ -221,18 +228,22 @@ class Scorer:
             "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
         }
 
-        def statistics(of: Any, made: Tensor, *weight: Tensor, **layer: Any) -> Any:
+        def statistics(of: Any, made: Tensor, hidden: Tensor, *weight: Tensor, **layer: Any) -> Any:
             device = made.device
             options["cu_seqlens"] = options["cu_seqlens"].to(device)
-            taken = made.flatten(0, 1)[rows.to(device)]
-            return of(taken, *weight, labels.to(device), **layer, **options)
+            taken, below = (x.flatten(0, 1)[rows.to(device)] for x in (made, hidden))
+            values = values_of(self.model, below)
+            return of(taken, *weight, labels.to(device), values=values, **layer, **options)
 
-        with nullcontext() if self.stored_logits else unstored_logits(self.model):
+        model: Any = self.model
+        layer = model.get_output_embeddings()
+        with input_of(layer) if self.stored_logits else unstored_logits(self.model) as seen:
             logits: Any = self.model(**inputs, use_cache=False).logits
             if self.stored_logits:
-                return statistics(token_stats, logits)  # type: ignore[no-any-return]
+                assert seen is not None
+                return statistics(token_stats, logits, seen[0])  # type: ignore[no-any-return]
             return logits.within_layer(  # type: ignore[no-any-return]
-                lambda x: statistics(linear_token_stats, x.hidden, x.weight, **x.layer)
+                lambda x: statistics(linear_token_stats, x.hidden, x.hidden, x.weight, **x.layer)
             )
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from irl_ops import command
+from irl_ops.integrations.transformers import apply_iqlearn
 from irl_ops.score import picture, run
 from irl_ops.score.batches import by_length
 from irl_ops.score.lines import BadLineError, Fields, Item, item
@@ -70,6 +71,29 @@ def test_statistics_are_those_of_the_reference(build, stored):
         assert scored.total == pytest.approx(sum(wanted["reward"]), **CLOSE)
         discounted = sum(0.9**t * r for t, r in enumerate(wanted["reward"]))
         assert scored.discounted == pytest.approx(discounted, **CLOSE)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("build", [llama, t5])
+def test_a_saved_value_head_is_used(build, stored, tmp_path):
+    model = apply_iqlearn(build(), value_head=True)
+    with torch.no_grad():
+        model.value_head.weight.copy_(torch.randn(1, 16))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    scorer = Scorer(again, tokenizer(), gamma=0.9, stored_logits=stored)
+    seen = []
+    exact_model = copy.deepcopy(model).double().eval()
+    exact_model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    for one, scored in zip(BATCH, scorer.score(BATCH), strict=True):
+        with torch.no_grad():
+            logprob = exact(exact_model, one, 0.9)["logprob"]
+            hidden = seen[-1][0, -len(one.answer) - 1 :]
+            values = exact_model.value_head(hidden)[:, 0].tolist()
+        following = [*values[1:-1], 0.0 if scored.finished else values[-1]]
+        pairs = zip(values, logprob, following, strict=False)
+        assert scored.value == pytest.approx(values[:-1], **CLOSE)
+        assert scored.reward == pytest.approx([v + p - 0.9 * n for v, p, n in pairs], **CLOSE)
 
 
 def test_rewards_telescope_at_gamma_1():
