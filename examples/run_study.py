@@ -37,8 +37,8 @@ from transformers.utils import logging
 CONFIGS = Path(__file__).parent / "study"
 ORDER = ("pareto", "settings", "decoding", "online", "subsets", "gail", "architectures", "rewards")
 SMALL = Sizes(
-    start_pairs=1500, train_pairs=400, test_pairs=48, samples=4, vocab_size=384, width=96,
-    layers=2, start_steps=500, steps=150, online_steps=60, batch_size=16, learning_rate=1e-3,
+    start_pairs=1500, train_pairs=400, test_pairs=48, samples=4, vocab_size=640, width=64,
+    layers=2, start_steps=400, steps=120, online_steps=60, batch_size=16, learning_rate=1e-3,
     max_length=160, max_new_tokens=80,
 )  # fmt: skip
 QUICK = Sizes(
