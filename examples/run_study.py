@@ -74,8 +74,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.data is None) != (options.test is None):
         parser.error("--data and --test: one given; accepted: both, or neither")
-    if options.paper and not options.model:
-        parser.error("--paper: given without --model; accepted: both")
+    if options.paper and not (options.model and options.data):
+        parser.error("--paper: given without --model or --data; accepted: all three")
     options.seeds = options.seeds or (2 if options.quick else 3)
     return options
 
@@ -175,14 +175,22 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
-    experiments = [read(CONFIGS / f"{name}.toml") for name in options.only or ORDER]
+    # A model that is named has the architecture that it has.
+    usual = [name for name in ORDER if not (options.model and name == "architectures")]
+    experiments = [read(CONFIGS / f"{name}.toml") for name in options.only or usual]
     size = "quick" if options.quick else "paper" if options.paper else "small"
     data = options.data.stem if options.data else "sums"
     model = options.model.replace("/", "_") if options.model else "made"
     out = options.out or Path("runs/study") / f"{size}_{data}_{model}"
     task = task_of(options, sizes)
     made = "small models made here, pre-trained on other pairs of the kind"
-    facts = {"data": task.name, "model": options.model or made, "sizes": sizes._asdict()}
+    facts = {
+        "data": task.name,
+        "train": len(task.train),
+        "held_out": len(task.test),
+        "model": options.model or made,
+        "sizes": sizes._asdict(),
+    }
     results = Results(out, facts)
     seeds = range(options.seeds)
     run_all(Wanted(experiments), results, seeds, task, options.model, sizes, console)

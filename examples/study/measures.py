@@ -37,7 +37,7 @@ def score_all(scorer: Scorer, items: Sequence[Encoded], tokens: int = 4096) -> l
 def held_out(start: Start, model: PreTrainedModel) -> dict[str, float]:
     """Mean NLL and entropy over the tokens of held-out answers; the squared TD residual at γ = 1.
 
-    The residual is that of the logits, also where a run has a head for its values.
+    Values are those of the logits, or of the head that the model has for them.
     """
     scored = score_all(scorer_of(start, model), start.test)
 

@@ -52,6 +52,7 @@ def write(
 def opening(facts: dict[str, Any], seeds: Sequence[int], command: str) -> str:
     """What ran, and how to read it."""
     sizes = facts["sizes"]
+    count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     return f"""\
 Quality beside diversity for maximum likelihood, entropy-regularised maximum likelihood, offline and
 online IQLearn and GAIL. This page is written by
@@ -61,14 +62,14 @@ online IQLearn and GAIL. This page is written by
 from results that it leaves in a folder, one JSON file for each run and seed; interrupted, it goes
 on. Each table is a file in `examples/study/`, where its runs stand.
 
-What ran: {facts["data"]}; {facts["model"]}. {sizes["train_pairs"]} pairs to train on and
-{sizes["test_pairs"]} held out, {sizes["steps"]} updates of {sizes["batch_size"]} pairs
+What ran: {facts["data"]}; {facts["model"]}. {facts["train"]} pairs to train on and
+{facts["held_out"]} held out, {sizes["steps"]} updates of {sizes["batch_size"]} pairs
 ({sizes["online_steps"]} for GAIL, after those of maximum likelihood), {sizes["samples"]} answers to
-each held-out question, {len(seeds)} seeds. Figures are means over the seeds ± their standard error.
-NLL, entropy and TD² are means over the tokens of held-out answers; TD² is that of the logits at
-γ = 1, whatever the run was trained with. Lower Self-BLEU is more diverse, but Self-BLEU moves with
-the length of answers too: compare runs of like length. At most {sizes["max_new_tokens"]} tokens are
-generated; "unfinished" answers have no end token by then.
+each held-out question, {count}. Figures are means over the seeds ± their standard error.
+NLL, entropy and TD² are means over the tokens of held-out answers; TD² is that at γ = 1, whatever
+the run was trained with, and of a value head where there is one. Lower Self-BLEU is more diverse,
+but Self-BLEU moves with the length of answers too: compare runs of like length. At most
+{sizes["max_new_tokens"]} tokens are generated; "unfinished" answers have no end token by then.
 
 At this size the tables show how the comparison is made; they decide nothing about models of another
 size."""
@@ -100,7 +101,30 @@ def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) ->
             f"Best {title}: {ordered[0]} ({first:.3g}), then {ordered[1]} ({second:.3g}), "
             f"{verdict}."
         )
+    if "length" in experiment.columns:
+        said += lengths(experiment, results, seeds)
     return said
+
+
+def lengths(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
+    """Whose answers are as long as held-out ones, and whose are not."""
+    how = experiment.decodings[0].name
+    records = {
+        label: found
+        for label, run in experiment.runs.items()
+        if (found := results.seeds(run, seeds))
+    }
+    wanted = next(iter(records.values()))[0]["reference_length"]
+    found = {label: of(r, "length", how) for label, r in records.items()}
+    means = {label: value[0] for label, value in found.items() if value is not None}
+    if len(means) < 2:
+        return []
+    ordered = sorted(means, key=lambda label: abs(means[label] - wanted))
+    near, far = ordered[0], ordered[-1]
+    return [
+        f"Length nearest to that of held-out answers ({wanted:.1f}): {near} ({means[near]:.1f}); "
+        f"furthest: {far} ({means[far]:.1f})."
+    ]
 
 
 def telescoping(experiment: Experiment, results: Results, seeds: Sequence[int]) -> str:

@@ -171,7 +171,7 @@ def prepare(
     )
     if name is None:
         if saved.exists():
-            model.load_state_dict(torch.load(saved, weights_only=True))
+            model.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
         else:
             rows = [row(scorer, one) for one in encoded(scorer, task.start, sizes.start_pairs)]
             train(model, rows, start.collate, sizes.start_steps, seed)

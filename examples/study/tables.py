@@ -46,6 +46,7 @@ def table(experiment: Experiment, results: Results, seeds: Sequence[int]) -> str
     for label, run in experiment.runs.items():
         records = results.seeds(run, seeds)
         if not records:
+            rows.append([f"{label} (not run)", *[""] * (len(header) - 1)])
             continue
         for how in experiment.decodings:
             cells = [

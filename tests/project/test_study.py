@@ -276,6 +276,7 @@ def test_a_study_is_run_once_and_reported_again(tmp_path, monkeypatch, capsys):
         assert re.search(rf"^\| {label} \| T=1 \| \d+\.\d{{3}} \|", page, re.MULTILINE), label
     assert "python examples/run_study.py --quick --only pareto --seeds 1\n" in page
     assert str(tmp_path) not in page
+    assert "- Best NLL: " in page and "- Length nearest to that of held-out answers (" in page
     assert "| *held-out answers* |" in page and "summed to their log-likelihood" in page
     assert (out / "study" / "pareto.png").stat().st_size > 10_000
     records = [json.loads(p.read_text(encoding="utf-8")) for p in out.glob("*/seed-0.json")]
@@ -310,8 +311,15 @@ def test_what_was_not_measured_is_missed(tmp_path):
     assert Decoding(top_p=0.9).name == "top-p 0.9"
 
 
-def test_the_command_line_asks_for_both_files(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run_study.py", "--data", "train.jsonl"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "train.jsonl"], "accepted: both, or neither"),
+        (["--paper", "--model", "m"], "accepted: all three"),
+    ],
+)
+def test_the_command_line_asks_for_what_belongs_together(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_study.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         run_study.parse()
-    assert "accepted: both, or neither" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
