@@ -85,7 +85,10 @@ JAX_TRAINERS = (
             "irl_ops/jax/**/*.py",
             (FRAMEWORKS - {"jax", "triton"}) | (UPPER - {"irl_ops.jax"}),
         ),
-        ("irl_ops/integrations/**/*.py", {*"irl_ops.doctor irl_ops.reference irl_ops.debug irl_ops.score irl_ops.command".split()}),
+        (
+            "irl_ops/integrations/**/*.py",
+            {f"irl_ops.{name}" for name in ("doctor", "reference", "debug", "score", "command")},
+        ),
         *(
             (f"irl_ops/integrations/{n}.py", (FRAMEWORKS - {"jax"}) | {"irl_ops.torch"})
             for n in JAX_TRAINERS
