@@ -242,9 +242,16 @@ class Scorer:
             if self.stored_logits:
                 assert seen is not None
                 return statistics(token_stats, logits, seen[0])  # type: ignore[no-any-return]
-            return logits.within_layer(  # type: ignore[no-any-return]
-                lambda x: statistics(linear_token_stats, x.hidden, x.hidden, x.weight, **x.layer)
-            )
+            found: list[TokenStats] = []
+
+            def within(x: Any) -> Tensor:
+                found.append(
+                    statistics(linear_token_stats, x.hidden, x.hidden, x.weight, **x.layer)
+                )
+                return found[0].value  # a tensor, as a layer's forward returns
+
+            logits.within_layer(within)
+            return found[0]
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
