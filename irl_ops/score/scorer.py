@@ -245,10 +245,10 @@ class Scorer:
             found: list[TokenStats] = []
 
             def within(x: Any) -> Tensor:
-                found.append(
-                    statistics(linear_token_stats, x.hidden, x.hidden, x.weight, **x.layer)
-                )
-                return found[0].value  # a tensor, as a layer's forward returns
+                made = statistics(linear_token_stats, x.hidden, x.hidden, x.weight, **x.layer)
+                found.append(made)
+                value: Tensor = made.value
+                return value  # a tensor, as a layer's forward returns
 
             logits.within_layer(within)
             return found[0]
