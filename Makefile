@@ -24,9 +24,14 @@ CXX := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name))))
 endif
 export CXX
 
-# The demo alone needs neither JAX nor the compilers for GPUs and TPUs.
-ifeq ($(MAKECMDGOALS) $(origin EXTRAS),demo file)
+# These need neither JAX nor the compilers for GPUs and TPUs.
+DEMOS := demo toy-mdp study profile-steps
+ifneq ($(MAKECMDGOALS),)
+ifeq ($(filter-out $(DEMOS),$(MAKECMDGOALS)),)
+ifeq ($(origin EXTRAS),file)
 EXTRAS := demo
+endif
+endif
 endif
 
 # Nothing that is installed is taken away: `make demo` after `make test` finds what it needs.
@@ -35,7 +40,7 @@ WANT   := $(subst $(comma), ,$(EXTRAS))
 ALL    := $(subst $() ,$(comma),$(sort $(HAVE) $(WANT)))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo demo-jax fuzz mutants bench bench-parallel aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
+.PHONY: help test demo study profile-steps toy-mdp demo-jax fuzz mutants bench bench-parallel aot-tpu aot-gpu gpu-check bench-gpu lint wheel clean FORCE
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -46,6 +51,15 @@ test: $(READY)  ## run the tests; ARGS=-v names each as it ends
 
 demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compare them
 	$(BIN)/python examples/finetune_transformers.py $(ARGS)
+
+toy-mdp: $(READY)  ## Fig. 11: what samples add to demonstrations, by objective
+	$(BIN)/python examples/toy_mdp.py $(ARGS)
+
+study: $(READY)  ## quality beside diversity for all losses; about 40 minutes on two cores
+	$(BIN)/python examples/run_study.py $(ARGS)
+
+profile-steps: $(READY)  ## Table 1: what an update costs with each system, as a ratio of MLE's
+	$(BIN)/python examples/profile_steps.py $(ARGS)
 
 # An environment of its own: without torch, and without the TPU compiler of the tests, which JAX
 # would ask for TPUs.

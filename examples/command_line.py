@@ -29,7 +29,13 @@ class Sizes(NamedTuple):
 
 
 def parse(
-    description: str | None, *, full: Sizes, quick: Sizes, lams: Sequence[float], out: Path
+    description: str | None,
+    *,
+    full: Sizes,
+    quick: Sizes,
+    lams: Sequence[float],
+    out: Path,
+    head_lams: Sequence[float] | None = None,
 ) -> tuple[argparse.Namespace, Sizes]:
     """Read the command line.
 
@@ -39,6 +45,7 @@ def parse(
         quick: how much is done with ``--quick``.
         lams: default of ``--lams``.
         out: the folder in which each comparison gets a folder of its own.
+        head_lams: default of ``--head-lams`` where ``--lams`` is not given; None: no such option.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -51,11 +58,19 @@ def parse(
         "--lams",
         type=float,
         nargs="+",
-        default=list(lams),
         metavar="LAM",
         help="weights of the TD term, one run for each; 0 is maximum likelihood; "
         f"default: {' '.join(f'{lam:g}' for lam in lams)}",
     )
+    if head_lams is not None:
+        add(
+            "--head-lams",
+            type=float,
+            nargs="*",
+            metavar="X",
+            help="the same with a value head; "
+            f"default: {' '.join(f'{lam:g}' for lam in head_lams)}, and none beside --lams",
+        )
     add("--gamma", type=float, default=1.0, help="discount of the next value; default: 1")
     add(
         "--steps",
@@ -74,10 +89,19 @@ def parse(
     add("--save-models", action="store_true", help="keep the fine-tuned models, in OUT/models")
     add("--quick", action="store_true", help="a few steps of a tiny model, to see that it runs")
     options = parser.parse_args()
+    if head_lams is None or options.head_lams is None:
+        options.head_lams = list(head_lams or ()) if options.lams is None else []
+    else:
+        options.heads_asked = True
+    options.lams = list(lams) if options.lams is None else options.lams
     if not all(0 <= lam < math.inf for lam in options.lams):
         parser.error(f"--lams: {options.lams} given, finite numbers from 0 up are accepted")
     if len(set(options.lams)) < len(options.lams):
         parser.error(f"--lams: {options.lams} given, distinct numbers are accepted")
+    if not all(0 < lam < math.inf for lam in options.head_lams):
+        parser.error(f"--head-lams: {options.head_lams} given, finite numbers above 0 are accepted")
+    if len(set(options.head_lams)) < len(options.head_lams):
+        parser.error(f"--head-lams: {options.head_lams} given, distinct numbers are accepted")
     if not 0 <= options.gamma <= 1:
         parser.error(f"--gamma: {options.gamma} given, a number from 0 to 1 is accepted")
     if options.steps is not None and options.steps < 1:
@@ -113,6 +137,8 @@ def run_name(options: argparse.Namespace) -> str:
     """Name a comparison after its data and its losses."""
     data = options.data.stem if options.data else "pydoc"
     lams = "-".join(f"{lam:g}" for lam in options.lams)
+    if "heads_asked" in options:
+        lams += "_head-" + "-".join(f"{lam:g}" for lam in options.head_lams)
     return f"{data}_lam-{lams}_gamma-{options.gamma:g}"
 
 

@@ -6,7 +6,8 @@
 Nothing is downloaded: the tokenizer and the model are made on the spot, and pre-trained for a
 minute on the docstrings of Python's standard library. The model is then fine-tuned once for each
 of --lams, from the same weights, on the same batches in the same order; lam = 0 is maximum
-likelihood. The run ends with a table, a figure and the numbers behind them, in a folder of its own.
+likelihood. Those of --head-lams have a head of its own for the values, which are otherwise read off
+the logits. The run ends with a table, a figure and the numbers behind them, in a folder of its own.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from irl_ops.integrations.transformers import apply_iqlearn
 FULL = Sizes(4096, 128, 4, 600, 200, held_out=96, prompts=32, samples=4, max_new_tokens=128)
 QUICK = Sizes(512, 32, 4, 4, 4, held_out=8, prompts=2, samples=3, max_new_tokens=8)
 LAMS = (0.0, 0.05, 0.1, 0.5)
+HEAD_LAMS = (0.1,)
 OUT = Path("runs/demo")
 MAX_LENGTH = 192  # tokens of a prompt with its completion
 BATCH_SIZE = 8  # small, since a short training needs many steps more than large ones
@@ -58,7 +60,7 @@ EVALUATIONS = 10  # points of a learning curve, beside its start
 
 def main() -> None:
     """Run the comparison that the command line asks for, in a folder of its own."""
-    options, sizes = parse(__doc__, full=FULL, quick=QUICK, lams=LAMS, out=OUT)
+    options, sizes = parse(__doc__, full=FULL, quick=QUICK, lams=LAMS, out=OUT, head_lams=HEAD_LAMS)
     console = Console()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -79,26 +81,32 @@ def compare(options: argparse.Namespace, sizes: Sizes, console: Console, folder:
         vocab_size=sizes.vocab_size,
         max_length=MAX_LENGTH,
     )
-    with Progress(console, sizes.start_steps + len(options.lams) * sizes.steps) as progress:
+    losses = [(lam, False) for lam in options.lams] + [(lam, True) for lam in options.head_lams]
+    with Progress(console, sizes.start_steps + len(losses) * sizes.steps) as progress:
         progress.phase("pre-training")
         start = small_llama(text.tokenizer, sizes)
         train(start, text.start, text, options.seed, sizes.start_steps, 3e-3, Watch(progress))
 
         models, runs = [], []
-        for lam in options.lams:
-            progress.phase(f"fine-tuning, lam = {lam:g}")
+        for lam, head in losses:
+            name = f"lam = {lam:g}" + (" with a value head" if head else "")
+            progress.phase(f"fine-tuning, {name}")
             model = copy.deepcopy(start)
             if lam > 0:
                 # The one line that makes it IQLearn. Without it this is maximum likelihood.
                 model = apply_iqlearn(
-                    model, lam=lam, gamma=options.gamma, eos_token_id=text.tokenizer.eos_token_id
+                    model,
+                    lam=lam,
+                    gamma=options.gamma,
+                    value_head=head,
+                    eos_token_id=text.tokenizer.eos_token_id,
                 )
             watch = Watch(progress, lambda m: evaluate(m, text, options), sizes.steps)
             train(model, text.train, text, options.seed, sizes.steps, 1e-3, watch)
 
-            progress.phase(f"sampling, lam = {lam:g}")
+            progress.phase(f"sampling, {name}")
             models.append(model)
-            runs.append(measured(lam, model, watch, text, options, sizes))
+            runs.append(measured(lam, head, model, watch, text, options, sizes))
 
         progress.phase("timing the losses")
         batch = collator(text)(text.train[:BATCH_SIZE])
@@ -109,7 +117,7 @@ def compare(options: argparse.Namespace, sizes: Sizes, console: Console, folder:
 
     if options.save_models:
         for run, model in zip(runs, models, strict=True):
-            run.model = f"models/lam-{run.lam:g}"
+            run.model = f"models/lam-{run.lam:g}" + ("-head" if run.value_head else "")
             model.save_pretrained(folder / run.model)
             text.tokenizer.save_pretrained(folder / run.model)
     reference_length, reference_cut = text.reference(sizes.max_new_tokens)
@@ -251,6 +259,7 @@ class Watch(TrainerCallback):
 
 def measured(
     lam: float,
+    head: bool,
     model: LlamaForCausalLM,
     watch: Watch,
     text: Text,
@@ -271,6 +280,7 @@ def measured(
     texts = [text.tokenizer.batch_decode(group) for group in groups]
     return Run(
         lam=lam,
+        value_head=head,
         curve=watch.curve,
         **evaluate(model, text, options),
         self_bleu=self_bleu(texts),

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 import irl_ops.torch as irl
 from irl_ops.algebra import IGNORED, NO_TD
+from irl_ops.integrations.transformers.fused import input_of
+from irl_ops.integrations.transformers.value_head import values_of
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -34,11 +36,15 @@ def held_out(
     nll, entropy, td = [], [], []
     for batch in batches:
         labels = batch["labels"].to(model.device)
-        logits = model(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-        ).logits
-        stats = irl.token_stats(logits, labels, shift=True, gamma=gamma, eos_token_id=eos_token_id)
+        with input_of(model.get_output_embeddings()) as hidden:  # type: ignore[no-untyped-call]
+            logits = model(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+            ).logits
+        values = values_of(model, hidden[0])  # None without a value head
+        stats = irl.token_stats(
+            logits, labels, shift=True, gamma=gamma, eos_token_id=eos_token_id, values=values
+        )
         assert stats.entropy is not None  # it was not turned off
         labelled = stats.kind != IGNORED
         nll.append(-stats.logprob[labelled])
@@ -160,7 +166,11 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch
 
 def loss_and_gradient(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor) -> Any:
     """Call the loss that the model would call, and differentiate it with respect to the logits."""
-    loss = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+    if getattr(model, "value_head", None) is not None:
+        values = logits.new_zeros(labels.shape, dtype=torch.float32).requires_grad_()
+        loss = model.loss_function.compute(logits, labels, None, shift=True, values=values)
+    else:
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
     return torch.autograd.grad(loss, logits)
 
 

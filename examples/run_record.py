@@ -39,11 +39,14 @@ class Run:
     loss_ms_quartiles: tuple[float, float] = (0.0, 0.0)
     loss_mb: float = 0.0
     model: str | None = None  # where it was saved
+    value_head: bool = False  # V is that of a head, not of the logits
 
     @property
     def name(self) -> str:
         """What the run is called in the table and the figure."""
-        return f"IQLearn λ={self.lam:g}" if self.lam else "MLE"
+        if not self.lam:
+            return "MLE"
+        return f"IQLearn λ={self.lam:g}" + (" head" if self.value_head else "")
 
 
 def spread(values: Sequence[float]) -> Spread:

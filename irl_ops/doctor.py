@@ -5,7 +5,6 @@ Made for bug reports. It imports torch and JAX only where they are installed, an
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -38,16 +37,16 @@ HOW_TO_BUILD = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 1 where a check failed."""
-    parser = argparse.ArgumentParser(prog="irl-ops", description=irl_ops.__doc__)
-    parser.add_argument("--version", action="version", version=f"irl-ops {irl_ops.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="describe this installation and check its kernels")
-    doctor.add_argument("--json", action="store_true", help="print JSON, for a bug report")
-    chosen = parser.parse_args(arguments)
+    """The whole command line, as ``irl-ops`` runs it; returns the exit status."""
+    from irl_ops.command import main as irl_ops_command
 
+    return irl_ops_command(arguments)
+
+
+def run(*, as_json: bool = False) -> int:
+    """Print the report; returns the exit status, 1 where a check failed."""
     found = report()
-    print(json.dumps(found, indent=2) if chosen.json else as_text(found))
+    print(json.dumps(found, indent=2) if as_json else as_text(found))
     return 0 if found["ok"] else 1
 
 

@@ -225,12 +225,20 @@ def parsed(monkeypatch, *arguments: str):
         quick=finetune_transformers.QUICK,
         lams=finetune_transformers.LAMS,
         out=finetune_transformers.OUT,
+        head_lams=finetune_transformers.HEAD_LAMS,
     )
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--lams", "-1"), ("--lams", "0", "0"), ("--gamma", "1.5"), ("--steps", "0")],
+    [
+        ("--lams", "-1"),
+        ("--lams", "0", "0"),
+        ("--head-lams", "0"),
+        ("--head-lams", "1", "1"),
+        ("--gamma", "1.5"),
+        ("--steps", "0"),
+    ],
 )
 def test_bad_options_are_named(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -249,6 +257,14 @@ def test_help_explains_every_option(monkeypatch, capsys):
     assert {"--data", "--lams", "--seed", "--out", "--overwrite", "--save-models"} <= named
     # what an option is called, its argument, and then at least three words
     assert not [line for line in options if not re.search(r"\S  +\S+( \S+){2,}", line)]
+
+
+def test_the_value_head_has_a_run_of_its_own_unless_losses_are_named(monkeypatch):
+    assert parsed(monkeypatch)[0].head_lams == [0.1]
+    assert parsed(monkeypatch, "--lams", "0")[0].head_lams == []
+    asked, _ = parsed(monkeypatch, "--lams", "0", "--head-lams", "0.2")
+    assert asked.lams == [0.0] and asked.head_lams == [0.2]
+    assert command_line.run_name(asked) == "pydoc_lam-0_head-0.2_gamma-1"
 
 
 def test_fewer_steps_shorten_the_pre_training_too(monkeypatch):
@@ -336,7 +352,8 @@ def numbers(value: object) -> list[float]:
 
 def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
     out = tmp_path / "out"
-    options = ("--quick", "--lams", "0", "0.5", "--gamma", "0.9", "--save-models")
+    losses = ("--lams", "0", "0.5", "--head-lams", "0.5")
+    options = ("--quick", *losses, "--gamma", "0.9", "--save-models")
     finished = run(*options, "--out", str(out))
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""  # no warnings
@@ -345,10 +362,13 @@ def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
     assert (out / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (out / "report.png").stat().st_size > 20_000
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert [run["lam"] for run in results["runs"]] == [0.0, 0.5]
+    assert [run["lam"] for run in results["runs"]] == [0.0, 0.5, 0.5]
+    assert [run["value_head"] for run in results["runs"]] == [False, False, True]
     assert all(map(math.isfinite, numbers(results)))
     for one in results["runs"]:
-        assert one["curve"][0] == results["runs"][0]["curve"][0]  # one starting point
+        # one starting point; TD² is that of the head's values, where there is one
+        same = 2 if one["value_head"] else 3
+        assert one["curve"][0][:same] == results["runs"][0]["curve"][0][:same]
         assert one["curve"][-1] == [results["steps"], one["nll"], one["td"]]
         low, high = one["loss_ms_quartiles"]
         assert 0 < low <= one["loss_ms"] <= high
@@ -356,12 +376,15 @@ def test_a_quick_run_leaves_a_table_a_figure_and_finite_numbers(tmp_path):
         assert 0 <= one["unfinished"] <= 1 and 0 <= one["length"] <= results["max_new_tokens"]
         assert 0 <= one["self_bleu"] <= 100 and one["td"] >= 0 and one["entropy"] > 0
         weights = load_file(out / one["model"] / "model.safetensors")
-        assert sum(x.numel() for x in weights.values()) == results["parameters"]
+        head = [x.numel() for name, x in weights.items() if name.startswith("value_head.")]
+        assert sum(head) == (results["hidden_size"] + 1 if one["value_head"] else 0)
+        assert sum(x.numel() for x in weights.values()) - sum(head) == results["parameters"]
         assert LlamaForCausalLM.from_pretrained(out / one["model"]).vocab_size == 512
-    assert results["runs"][0]["curve"] != results["runs"][1]["curve"]  # the loss was taken up
+    curves = [str(run["curve"]) for run in results["runs"]]
+    assert len(set(curves)) == len(curves)  # the losses were taken up
     assert {"torch", "transformers", "irl_ops"} <= results["versions"].keys()
     samples = json.loads((out / "samples.json").read_text(encoding="utf-8"))
-    assert [len(one["samples"]) for one in samples] == [results["prompts"]] * 2
+    assert [len(one["samples"]) for one in samples] == [results["prompts"]] * 3
 
 
 def test_a_bad_file_ends_in_one_message(tmp_path):

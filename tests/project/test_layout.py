@@ -53,6 +53,8 @@ UPPER = {
     "irl_ops.reference",
     "irl_ops.doctor",
     "irl_ops.debug",
+    "irl_ops.score",
+    "irl_ops.command",
 }
 JAX_TRAINERS = (
     "jax_batches",
@@ -83,7 +85,10 @@ JAX_TRAINERS = (
             "irl_ops/jax/**/*.py",
             (FRAMEWORKS - {"jax", "triton"}) | (UPPER - {"irl_ops.jax"}),
         ),
-        ("irl_ops/integrations/**/*.py", {"irl_ops.doctor", "irl_ops.reference", "irl_ops.debug"}),
+        (
+            "irl_ops/integrations/**/*.py",
+            {f"irl_ops.{name}" for name in ("doctor", "reference", "debug", "score", "command")},
+        ),
         *(
             (f"irl_ops/integrations/{n}.py", (FRAMEWORKS - {"jax"}) | {"irl_ops.torch"})
             for n in JAX_TRAINERS
@@ -92,6 +97,8 @@ JAX_TRAINERS = (
             "irl_ops/debug/**/*.py",
             {"irl_ops.doctor", "irl_ops.integrations", "irl_ops.torch", "irl_ops.jax"},
         ),
+        ("irl_ops/score/**/*.py", {"jax", "jaxlib", "flax", "triton", "trl", "irl_ops.jax"}),
+        ("irl_ops/command.py", FRAMEWORKS | {"numpy"}),
         ("kernels/**/*.py", UPPER | {"irl_ops.algebra", "irl_ops.schedules", "transformers"}),
         ("kernels/reference/**/*.py", FRAMEWORKS),
         ("kernels/triton/**/*.py", FRAMEWORKS - {"triton"}),

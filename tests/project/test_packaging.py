@@ -84,7 +84,7 @@ def test_wheel_carries_the_licence_and_the_command(wheel):
     (licence,) = (n for n in wheel.namelist() if n.endswith(".dist-info/licenses/LICENSE"))
     assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
     (commands,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
-    assert "irl-ops = irl_ops.doctor:main" in wheel.read(commands).decode()
+    assert "irl-ops = irl_ops.command:main" in wheel.read(commands).decode()
 
 
 def test_source_distribution_can_build_and_test(sdist):

@@ -1,0 +1,273 @@
+"""Table 1 of the paper: what does an update cost with each system, as a ratio of MLE's?
+
+    python examples/profile_steps.py                  # on a CPU: the shapes of T5, much smaller
+    python examples/profile_steps.py --shapes base large xl --scale 1 --device cuda
+
+Random weights and tokens; the trainers are the library's own, and the time of an update is what
+they take between two callbacks, sampling apart. The systems take turns, in an order drawn anew in
+each round, on copies of the same weights.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from report import write_json
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    PrinterCallback,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from irl_ops.integrations.transformers import (
+    GAILArguments,
+    GAILTrainer,
+    OnlineIQLearnArguments,
+    OnlineIQLearnTrainer,
+    apply_iqlearn,
+)
+
+
+class Shape(NamedTuple):
+    """A T5 as published, and what the paper measured with it (Table 1), in milliseconds."""
+
+    width: int
+    inner: int
+    key: int
+    heads: int
+    layers: int
+    batch: int
+    paper: dict[str, float]
+
+
+SHAPES = {
+    "base": Shape(768, 3072, 64, 12, 12, 32,
+                  {"MLE": 189, "GAIL": 451, "IQLearn": 196, "sampling": 443}),
+    "large": Shape(1024, 4096, 64, 16, 24, 32,
+                   {"MLE": 422, "GAIL": 1064, "IQLearn": 606, "sampling": 1345}),
+    "xl": Shape(1024, 16384, 128, 32, 24, 16,
+                {"MLE": 1031, "GAIL": 1410, "IQLearn": 1355, "sampling": 1823}),
+}  # fmt: skip
+PAPERS = {"offline IQLearn": "IQLearn", "online IQLearn": "IQLearn", "GAIL": "GAIL",
+          "sampling": "sampling"}  # fmt: skip
+
+
+class Size(NamedTuple):
+    """How large the batches and the vocabulary are, and how often it is measured."""
+
+    batch: int
+    prompt: int
+    answer: int
+    vocab: int
+    rounds: int
+    updates: int  # timed in each round, after one that warms up
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random questions and answers of one length, that end in the end token."""
+
+    def __init__(self, size: Size, number: int) -> None:
+        self.size, self.number = size, number
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.number
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        """The same row each time for the same number."""
+        draw = torch.Generator().manual_seed(i)
+        prompt, answer = (
+            torch.randint(2, self.size.vocab, (n,), generator=draw).tolist()
+            for n in (self.size.prompt, self.size.answer - 1)
+        )
+        return {"input_ids": prompt, "labels": [*answer, 1]}
+
+
+class Pads:
+    """What the collator asks of a tokenizer."""
+
+    padding_side = "right"
+    pad_token_id = 0
+
+    def pad(self, rows: dict[str, Any] | list[dict[str, Any]], **_: Any) -> dict[str, Any]:
+        """All rows have one length."""
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+
+class Clock(TrainerCallback):
+    """The time of every update, without what comes before it."""
+
+    def __init__(self) -> None:
+        self.milliseconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The batch is there."""
+        self.began = now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights have moved."""
+        self.milliseconds.append(1e3 * (now() - self.began))
+
+
+def now() -> float:
+    """The time, once the device has nothing to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def t5(shape: Shape, scale: int, vocab: int, dtype: torch.dtype) -> T5ForConditionalGeneration:
+    """A T5 whose widths, heads and layers are divided by ``scale``."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=vocab,
+        d_model=shape.width // scale,
+        d_ff=shape.inner // scale,
+        d_kv=shape.key,
+        num_heads=max(1, shape.heads // scale),
+        num_layers=max(1, shape.layers // scale),
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config).to(dtype)
+
+
+def trainer_of(system: str, model: T5ForConditionalGeneration, size: Size, device: str) -> Trainer:
+    """The trainer of a system, for one round."""
+    common: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "max_steps": size.updates + 1,
+        "per_device_train_batch_size": size.batch,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": device == "cpu",
+    }
+    sampled = {"max_new_tokens": size.answer, "sample_batch_size": size.batch}
+    data: dict[str, Any] = {
+        "train_dataset": Rows(size, size.batch * (size.updates + 1)),
+        "data_collator": Pads().pad,
+    }
+    if system == "MLE":
+        return Trainer(model, TrainingArguments(**common), **data)
+    if system == "offline IQLearn":
+        model = apply_iqlearn(model, lam=0.1, eos_token_id=1)
+        return Trainer(model, TrainingArguments(**common), **data)
+    if system == "online IQLearn":
+        return OnlineIQLearnTrainer(model, OnlineIQLearnArguments(**common, **sampled), **data)
+    return GAILTrainer(model, GAILArguments(**common, **sampled), **data)
+
+
+def measure(model: T5ForConditionalGeneration, size: Size, device: str) -> dict[str, list[float]]:
+    """Milliseconds of updates by system, and of sampling one batch."""
+    found: dict[str, list[float]] = {name: [] for name in ("MLE", *PAPERS)}
+    order = random.Random(0)
+    systems = ["MLE", "offline IQLearn", "online IQLearn", "GAIL"]
+    for _ in range(size.rounds):
+        for system in order.sample(systems, len(systems)):
+            clock = Clock()
+            trainer = trainer_of(system, copy.deepcopy(model), size, device)
+            trainer.add_callback(clock)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            found[system] += clock.milliseconds[1:]  # the first warms up
+            if system == "online IQLearn":
+                seconds = trainer.seconds["sampling_seconds"]
+                found["sampling"].append(1e3 * seconds / (size.updates + 1))
+            del trainer
+    return found
+
+
+def main() -> None:
+    """Measure the shapes that the command line names; print and write the ratios."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES) if cuda else ["base"])
+    add("--scale", type=int, help="divide widths, heads, layers; default: 1 on a GPU, 8 on a CPU")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    add("--batch", type=int, help="default: the paper's on a GPU, 2 on a CPU")
+    add("--prompt", type=int, help="tokens of a question; default: 256 on a GPU, 16 on a CPU")
+    add("--answer", type=int, help="tokens of an answer; default: 128 on a GPU, 16 on a CPU")
+    add("--vocab", type=int, help="default: 32128 on a GPU, 1024 on a CPU")
+    add("--rounds", type=int, default=3)
+    add("--updates", type=int, default=4, help="timed in each round")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    add("--out", type=Path, default=Path("runs/profile_steps.json"))
+    options = parser.parse_args()
+    gpu = options.device == "cuda"
+    dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
+    scale = options.scale or (1 if gpu else 8)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console, results = Console(), {}
+    for name in options.shapes:
+        shape = SHAPES[name]
+        size = Size(
+            options.batch or (shape.batch if gpu else 2), options.prompt or (256 if gpu else 16),
+            options.answer or (128 if gpu else 16), options.vocab or (32128 if gpu else 1024),
+            options.rounds, options.updates,
+        )  # fmt: skip
+        model = t5(shape, scale, size.vocab, dtype)
+        times = measure(model, size, options.device)
+        results[name] = {"size": size._asdict(), "parameters": model.num_parameters(),
+                         "milliseconds": times}  # fmt: skip
+        console.print(table(name, shape, scale, times, model.num_parameters()))
+    device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"device": device, "threads": torch.get_num_threads(), "dtype": str(dtype)}
+    write_json(options.out, {**facts, "scale": scale, "shapes": results})
+    console.print(str(options.out), json.dumps(facts), highlight=False)
+
+
+def table(
+    name: str, shape: Shape, scale: int, times: dict[str, list[float]], parameters: int
+) -> Table:
+    """Medians, and their ratios to MLE's beside the paper's."""
+    made = Table(
+        title=f"T5-{name}" + (f", divided by {scale}" if scale > 1 else "")
+        + f": {parameters / 1e6:.1f} M parameters",
+        box=box.SIMPLE_HEAD,
+    )  # fmt: skip
+    for header in ("update", "ms", "of MLE's", "in the paper"):
+        made.add_column(header, justify="left" if header == "update" else "right")
+    mle = statistics.median(times["MLE"])
+    for system, series in times.items():
+        middle = statistics.median(series)
+        paper = shape.paper.get(PAPERS.get(system, "MLE"), 0) / shape.paper["MLE"]
+        made.add_row(system, f"{middle:.1f}", f"{middle / mle:.2f}", f"{paper:.2f}")
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The quality-diversity study; ``examples/run_study.py`` runs it."""

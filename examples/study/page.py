@@ -1,0 +1,146 @@
+"""docs/study.md: what ran, with tables and plots, made from the results and from nothing else."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from study.config import Experiment
+from study.plots import draw
+from study.results import Results, of
+from study.tables import rewards_table, table
+
+BETTER = {"nll": min, "accuracy": max, "rouge1": max, "self_bleu": min}
+
+
+def write(
+    page: Path, experiments: Sequence[Experiment], results: Results, seeds: Sequence[int],
+    facts: dict[str, Any], command: str,
+) -> None:  # fmt: skip
+    """The page, with its figures in a folder of its name beside it.
+
+    Args:
+        page: where it goes.
+        experiments: what is reported; those without results are named as not run.
+        results: where they are.
+        seeds: what means are over.
+        facts: of the whole study.
+        command: what made it.
+    """
+    folder = page.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    parts = ["# The study", opening(facts, seeds, command)]
+    for experiment in experiments:
+        beside = f"Beside the paper's {experiment.paper}. " if experiment.paper else ""
+        parts += [f"## {experiment.title}", beside +
+                  experiment.says]  # fmt: skip
+        if not any(results.seeds(run, seeds) for run in experiment.runs.values()):
+            parts.append("Not run.")
+            continue
+        parts.append(table(experiment, results, seeds))
+        parts.append("\n".join(f"- {line}" for line in sentences(experiment, results, seeds)))
+        if experiment.plot:
+            draw(experiment, results, seeds, folder / f"{experiment.name}.png")
+            parts.append(f"![{experiment.title}]({folder.name}/{experiment.name}.png)")
+        if experiment.rewards:
+            parts += [rewards_table(experiment, results, seeds),
+                      telescoping(experiment, results, seeds)]  # fmt: skip
+    page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def opening(facts: dict[str, Any], seeds: Sequence[int], command: str) -> str:
+    """What ran, and how to read it."""
+    sizes = facts["sizes"]
+    count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"""\
+Quality beside diversity for maximum likelihood, entropy-regularised maximum likelihood, offline and
+online IQLearn and GAIL. This page is written by
+
+    {command}
+
+from results that it leaves in a folder, one JSON file for each run and seed; interrupted, it goes
+on. Each table is a file in `examples/study/`, where its runs stand.
+
+What ran: {facts["data"]}; {facts["model"]}. {facts["train"]} pairs to train on and
+{facts["held_out"]} held out, {sizes["steps"]} updates of {sizes["batch_size"]} pairs
+({sizes["online_steps"]} for GAIL, after those of maximum likelihood), {sizes["samples"]} answers to
+each held-out question, {count}. Figures are means over the seeds ± their standard error.
+NLL, entropy and TD² are means over the tokens of held-out answers; TD² is that at γ = 1, whatever
+the run was trained with, and of a value head where there is one. Lower Self-BLEU is more diverse,
+but Self-BLEU moves with the length of answers too: compare runs of like length. At most
+{sizes["max_new_tokens"]} tokens are generated; "unfinished" answers have no end token by then.
+
+At this size the tables show how the comparison is made; they decide nothing about models of another
+size."""
+
+
+def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
+    """Which run is best by each measure, and whether by more than the errors."""
+    said = []
+    how = experiment.decodings[0].name  # the others are compared in the plot
+    for name in [c for c in experiment.columns if c in BETTER]:
+        best = BETTER[name]
+        found = {
+            label: value
+            for label, run in experiment.runs.items()
+            if (value := of(results.seeds(run, seeds), name, how)) is not None
+        }
+        if len(found) < 2:
+            continue
+        ordered = sorted(found, key=lambda label: found[label][0], reverse=best is max)
+        (first, e1), (second, e2) = (found[label] for label in ordered[:2])
+        if len(seeds) < 2:
+            verdict = "of one seed"
+        elif abs(first - second) > 2 * ((e1 or 0) ** 2 + (e2 or 0) ** 2) ** 0.5:
+            verdict = "more than two standard errors apart"
+        else:
+            verdict = "within two standard errors of each other"
+        title = {"nll": "NLL", "self_bleu": "Self-BLEU", "rouge1": "ROUGE-1"}.get(name, name)
+        said.append(
+            f"Best {title}: {ordered[0]} ({first:.3g}), then {ordered[1]} ({second:.3g}), "
+            f"{verdict}."
+        )
+    if "length" in experiment.columns:
+        said += lengths(experiment, results, seeds)
+    return said
+
+
+def lengths(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
+    """Whose answers are as long as held-out ones, and whose are not."""
+    how = experiment.decodings[0].name
+    records = {
+        label: found
+        for label, run in experiment.runs.items()
+        if (found := results.seeds(run, seeds))
+    }
+    wanted = next(iter(records.values()))[0]["reference_length"]
+    found = {label: of(r, "length", how) for label, r in records.items()}
+    means = {label: value[0] for label, value in found.items() if value is not None}
+    if len(means) < 2:
+        return []
+    ordered = sorted(means, key=lambda label: abs(means[label] - wanted))
+    near, far = ordered[0], ordered[-1]
+    return [
+        f"Length nearest to that of held-out answers ({wanted:.1f}): {near} ({means[near]:.1f}); "
+        f"furthest: {far} ({means[far]:.1f})."
+    ]
+
+
+def telescoping(experiment: Experiment, results: Results, seeds: Sequence[int]) -> str:
+    """That rewards at gamma = 1 sum to log pi + V(start)."""
+    found = [
+        record["rewards"]
+        for run in experiment.runs.values()
+        for record in results.seeds(run, seeds)
+        if "rewards" in record
+    ]
+    if not found:
+        return ""
+    worst = max(one["telescoping"] for one in found)
+    count = sum(one["finished"] for one in found)
+    return (
+        f"At γ = 1 the rewards of all {count} finished answers summed to their log-likelihood plus "
+        f"V(start), to {worst:.1e} at worst: within a prompt, summed rewards at γ = 1 rank as "
+        "likelihood does."
+    )
