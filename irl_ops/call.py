@@ -91,12 +91,18 @@ def read_loss(
     sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
     heads = arguments.heads(labels, take(Heads) if terms.td is not None else Heads())
     inplace, backend = options.pop("inplace", False), options.pop("backend", "auto")
-    if options:
-        refuse(caller, list(options), group)
+    _refuse_rest(caller, group, options)
     arguments.check_switches(return_metrics=return_metrics, inplace=inplace)
     if inplace and weighting.reduction == "none":
         raise ValueError("inplace=True with reduction='none'; accepted: 'mean', 'sum'")
     return Call(terms, sequence, weighting, heads, return_metrics, inplace, backend, readout)
+
+
+def _refuse_rest(caller: str, group: type, options: dict[str, Any]) -> None:
+    """Raises for options that nothing took; those of parts are None where the logits are whole."""
+    rest = [name for name, x in options.items() if x is not None or name not in Parallel._fields]
+    if rest:
+        refuse(caller, rest, group)
 
 
 def read_parallel(options: dict[str, Any]) -> Parallel:
@@ -122,8 +128,7 @@ def read_stats(
     sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
     heads = arguments.heads(labels, take(Heads))
     entropy, backend = options.pop("entropy", True), options.pop("backend", "auto")
-    if options:
-        refuse(caller, list(options), group)
+    _refuse_rest(caller, group, options)
     arguments.check_switches(entropy=entropy)
     return StatsCall(gamma, sequence, heads, entropy, backend, readout, measures)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import irl_ops.torch as irl
 from irl_ops.call import Call, StatsCall
 from irl_ops.torch.shards import fits
+from irl_ops.torch.tokens import TokenStats
 
 from .. import naive
 from ..cases import EPS, Case
@@ -97,8 +98,9 @@ def test_values_are_those_of_one_device_to_the_last_bit(ranks: Ranks, order: Ten
     stats = {"gamma": 0.9, "boundary": "bootstrap"}
     rewards = Case("token_stats", case.leaf, case.view, case.labels, stats, 1.0)
     split = over(sequence=2, order=order)
-    found = outputs(split, ranks.run(jobs("token_stats", rewards, split, [None] * 7)))
-    one = outputs(WHOLE, ranks.run(jobs("token_stats", rewards, WHOLE, [None] * 7)))
+    none = [None] * len(TokenStats._fields)
+    found = outputs(split, ranks.run(jobs("token_stats", rewards, split, none)))
+    one = outputs(WHOLE, ranks.run(jobs("token_stats", rewards, WHOLE, none)))
     assert all(map(same, found, one))
     assert same(found[0], irl.token_stats(case.logits, case.labels).value)
 
@@ -349,3 +351,14 @@ def test_calls_have_no_field_that_groups_would_ignore() -> None:
     loss = "terms sequence weighting heads metrics inplace backend readout"
     assert " ".join(Call._fields) == loss
     assert " ".join(StatsCall._fields) == "gamma sequence heads entropy backend readout"
+
+
+def test_options_of_groups_may_be_none() -> None:
+    q, a = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    h, w = torch.randn(2, 3, 4), torch.randn(5, 4)
+    none: dict[str, Any] = dict.fromkeys(("vocab_group", "vocab_size", "sequence_order"))
+    assert torch.equal(irl.iqlearn_loss(q, a, **none), irl.iqlearn_loss(q, a))
+    assert torch.equal(irl.token_stats(q, a, **none).reward, irl.token_stats(q, a).reward)
+    assert torch.equal(irl.linear_mle_loss(h, w, a, **none), irl.linear_mle_loss(h, w, a))
+    linear = irl.linear_token_stats(h, w, a, **none)
+    assert torch.equal(linear.value, irl.linear_token_stats(h, w, a).value)
