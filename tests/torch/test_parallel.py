@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irl_ops.torch.tokens import TokenStats
+
 from .. import naive
 from ..cases import (
     EPS,
@@ -46,12 +48,12 @@ def test_token_stats(ranks: Ranks, data: Any, entropy: bool) -> None:
     if not entropy:
         del upstream["entropy"]
 
-    above = [upstream.get(name) for name in [*names, "kind", "correct"]]
+    above = [upstream.get(name) for name in TokenStats._fields]
     sent = jobs("token_stats", case, split, above)
     for job in sent:
         job["options"]["entropy"] = entropy
     answers = ranks.run(sent)
-    actual = dict(zip([*names, "kind", "correct"], outputs(split, answers), strict=True))
+    actual = dict(zip(TokenStats._fields, outputs(split, answers), strict=True))
     expected = naive.token_stats(case.logits.double(), case.labels, **case.options)
     assert torch.equal(actual["kind"].long(), expected["kind"])
     error = 2 * EPS * magnitude(case)
