@@ -7,7 +7,7 @@ import pytest
 from .ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # their groups keep threads busy as long as they live
 def ranks() -> Iterator[Ranks]:
     """Four processes on gloo, started when the first test asks for them."""
     processes = Ranks(4)
