@@ -17,10 +17,30 @@ from irl_ops.options import Function
 from irl_ops.torch.arguments import TorchArguments
 from irl_ops.torch.collectives import Group
 
-outside_of_graphs: Callable[[Function], Function] = functools.partial(
-    torch.compiler.disable, reason="irl_ops: the ranks of a group meet outside of compiled graphs"
-)
-"""For the functions of parallel calls: a compiler ends its graph there, and begins another."""
+REASON = "irl_ops: the ranks of a group meet outside of compiled graphs"
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """For the functions of parallel calls: a compiler ends its graph there, and begins another.
+
+    As ``torch.compiler.disable``, which would import the compiler, and Triton with it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **named)
+        return _disabled(function)(*args, **named)
+
+    vars(run).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=REASON)
+    return run  # type: ignore[return-value]
+
+
+@functools.cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    found: Callable[..., Any] = torch.compiler.disable(function, reason=REASON)
+    return found
+
 
 ANY_LABEL = 2**31 - 1  # the number of columns while it is not known
 

@@ -137,6 +137,7 @@ def _whole(
     call: Any, part: Part, read: Read, reading: Reading, own_losses: bool, drop: bool
 ) -> tuple[Any, Rows, RowStatistics]:
     """The call, its rows and their statistics, as one device with all rows has them."""
+    call = call._replace(heads=_wide(call.heads))
     places, inputs = _row_arrays(call, part.labels)
     mine, wanted, early = None, None, call.sequence.shift or drop
     agreed: list[Tensor] = []
@@ -166,6 +167,15 @@ def _whole(
     if row_max.device.type == "cpu" and (rows.labels == BAD_LABEL).any():
         arguments.refuse_label(rows.labels, inputs[0], int(columns), call.sequence)
     return call, rows, found
+
+
+def _wide(heads: Heads) -> Heads:
+    """Values whose gradients are rounded once, and not on every rank before they are summed."""
+    values, next_values = (
+        None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+        for x in (heads.values, heads.next_values)
+    )
+    return heads._replace(values=values, next_values=next_values)
 
 
 def _row_arrays(call: Any, labels: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:

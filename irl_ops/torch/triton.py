@@ -308,12 +308,18 @@ def planes(matrices: tuple[Tensor, ...], *vectors: Tensor | None) -> Iterator[tu
         yield (*folded, *vectors)
         return
     count = math.prod(matrices[0].shape[:-1])
-    flat = [None if x is None else x.view(count, x.numel() // max(count, 1)) for x in vectors]
+    flat = [None if x is None else _by_row(x, count) for x in vectors]
     rows = math.prod(matrices[0].shape[1:-1])
     for index in range(matrices[0].shape[0]):
         begin = index * rows
         there = (None if x is None else x[begin : begin + rows] for x in flat)
         yield from planes(tuple(x[index] for x in matrices), *there)
+
+
+def _by_row(x: Tensor, count: int) -> Tensor:
+    """Rows on the first axis: of one element, behind which others may follow, or of several."""
+    several = count > 0 and math.prod(x.shape[:-1]) == count
+    return x.view(count, -1) if several else x.view(-1)
 
 
 def _folded(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
