@@ -38,7 +38,7 @@ def outside_of_graphs(function: Function) -> Function:
 
 @functools.cache
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    found: Callable[..., Any] = torch.compiler.disable(function, reason=REASON)
+    found: Callable[..., Any] = torch.compiler.disable(function, reason=REASON)  # type: ignore[no-untyped-call]
     return found
 
 
