@@ -3,7 +3,6 @@
 pytest starts this file as a program, once a rank.
 """
 
-import inspect
 import os
 import socket
 import subprocess
@@ -11,23 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from irl_ops.integrations.rl import nemo_rl, slime, verl
-from irl_ops.torch import linear_token_stats, sft, token_stats
+from irl_ops.torch import sft, token_stats
 
 V, RANKS = 60, 2
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums over the columns in another order
-
-pytestmark = pytest.mark.skipif(
-    any(
-        "vocab_group" not in inspect.signature(function).parameters
-        for function in (token_stats, linear_token_stats)
-    ),
-    reason="token_stats takes no vocab_group in this version, and says so",
-)
 
 
 def results(part: slice, group: Any) -> dict[str, Any]:
