@@ -186,3 +186,18 @@ def joined(done: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(done)
     return type(first)(*(joined(list(field)) for field in zip(*done, strict=True)))
+
+
+def returned(hidden: Tensor, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What an operator returns: gradients in hidden's dtype, empty ones for those that are None."""
+    a, b, c = (hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in gradients)
+    return a, b, c
+
+
+def like_gradients(layer: Any, asked: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of the types that ``returned`` gives for hidden, weight and bias."""
+    a, b, c = (
+        torch.empty_like(x) if x is not None and wanted else layer[0].new_empty(0)
+        for x, wanted in zip(layer, asked, strict=True)
+    )
+    return a, b, c

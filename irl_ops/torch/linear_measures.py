@@ -12,7 +12,7 @@ from irl_ops.call import StatsCall
 from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.torch import measures
 from irl_ops.torch.backends import BACKENDS
-from irl_ops.torch.chunks import Linear
+from irl_ops.torch.chunks import Linear, like_gradients, returned
 from irl_ops.torch.linear_arguments import Layer
 from irl_ops.torch.measures import View
 from irl_ops.torch.ops import row_vector
@@ -139,28 +139,18 @@ def _gradients(
     over = Linear(BACKENDS[backend], layer, (asked[0], asked[1], asked[2]), total)
     row_max, logsum, *coefficients = slopes
     over.row_measures_grad(ids, row_max, logsum, Slopes(*coefficients), View(*view))  # type: ignore[arg-type]
-    found = (over.dhidden, None if total is not None else over.dweight, over.dbias)
-    hidden = layer.hidden
-    a, b, c = (hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in found)
-    return a, b, c
+    dweight = over.dweight if total is None else None
+    return returned(layer.hidden, over.dhidden, dweight, over.dbias)
 
 
 @linear_row_measures_grad.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_gradients(given[:3], given[6])
+    return like_gradients(given[:3], given[6])
 
 
 @linear_row_measures_grad_into.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_gradients(given[:3], [given[6][0], False, given[6][2]])
-
-
-def _like_gradients(layer: Any, asked: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, c = (
-        torch.empty_like(x) if x is not None and wanted else layer[0].new_empty(0)
-        for x, wanted in zip(layer, asked, strict=True)
-    )
-    return a, b, c
+    return like_gradients(given[:3], [given[6][0], False, given[6][2]])
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -17,7 +17,7 @@ from irl_ops import algebra
 from irl_ops.call import Call, StatsCall
 from irl_ops.torch import linear_measures, ops, traced
 from irl_ops.torch.backends import BACKENDS
-from irl_ops.torch.chunks import Linear
+from irl_ops.torch.chunks import Linear, like_gradients, returned
 from irl_ops.torch.linear_arguments import Layer
 from irl_ops.torch.needed import Selection, needed
 from irl_ops.torch.refusals import refuse_second_derivative
@@ -177,27 +177,18 @@ def _row_grad(
     over = Linear(BACKENDS[backend], layer, (asked[0], asked[1], asked[2]), total)
     over.row_grad(chosen.take(labels), *(chosen.take(x) for x in vectors))
     dhidden = None if over.dhidden is None else chosen.spread(over.dhidden)
-    found = (dhidden, None if total is not None else over.dweight, over.dbias)
-    a, b, c = (hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in found)
-    return a, b, c
+    dweight = over.dweight if total is None else None
+    return returned(hidden, dhidden, dweight, over.dbias)
 
 
 @linear_row_grad.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_gradients(given[:3], given[6])
+    return like_gradients(given[:3], given[6])
 
 
 @linear_row_grad_into.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_gradients(given[:3], [given[6][0], False, given[6][2]])
-
-
-def _like_gradients(layer: Any, asked: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, c = (
-        torch.empty_like(x) if x is not None and wanted else layer[0].new_empty(0)
-        for x, wanted in zip(layer, asked, strict=True)
-    )
-    return a, b, c
+    return like_gradients(given[:3], [given[6][0], False, given[6][2]])
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
