@@ -17,8 +17,6 @@ from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.measures import EXTRAS
 from irl_ops.readout import Readout
 
-KERNEL = "row_measures"
-
 
 class Form(NamedTuple):
     """What a program is made for."""
@@ -49,7 +47,7 @@ def row_measures(form: Form, logits: jax.Array, ids: jax.Array, view: View) -> R
 
         return run
 
-    found: RowMeasures = dispatch(form.backend, by, logits, ids, view, kernel=KERNEL)
+    found: RowMeasures = dispatch(form.backend, by, logits, ids, view)
     return found
 
 
@@ -82,7 +80,7 @@ def _backward(form: Form, saved: tuple[Any, ...], above: RowMeasures) -> tuple[A
 
     slopes = slopes_of(found, above)
     given = (logits, ids, found.row_max, found.logsum, slopes, view)
-    return dispatch(form.backend, by, *given, kernel=KERNEL), None, None
+    return dispatch(form.backend, by, *given), None, None
 
 
 row_measures.defvjp(_forward, _backward)
