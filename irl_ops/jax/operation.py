@@ -1,9 +1,10 @@
 """Operations on rows that become a program only when lowered, for the devices at hand.
 
 An operation's arrays have the same leading axes, the rows; logits and gradients have one more, the
-vocabulary, and some have one more that is none of it. So every operation is batched by one more leading axis, and partitioned over devices by
-its rows: logits sharded over batch or sequence stay where they are, and so do those whose
-vocabulary is sharded in equal parts, where ``over_columns`` says what becomes of the operation.
+vocabulary, and some arrays have one more that is not it. So every operation is batched by one more
+leading axis, and partitioned over devices by its rows: logits sharded over batch or sequence stay
+where they are, and so do those whose vocabulary is sharded in equal parts, where ``over_columns``
+says what becomes of the operation.
 """
 
 from __future__ import annotations
