@@ -134,7 +134,7 @@ class TestCalledByJax(MeasuresKernels, ReadoutKernels, examples=20):
     measure_vocabs = (331,)
     measure_readouts = (readouts[0],)
 
-    def measure_forms(self) -> list[tuple[str, str]]:
+    def measure_forms(self, part: str) -> list[tuple[str, str]]:
         """Each caller and each dtype: what the kernels compute is tested without JAX."""
         return [("xla", "float32"), ("xla", "bfloat16"), ("python", "float16")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -193,24 +194,25 @@ class MeasuresKernels:
     """What backends have to do that have ``row_measures``; beside ``RowKernels``."""
 
     measure_vocabs: ClassVar[Sequence[int]] = (1, 2, 17, 331)
+    measure_views: ClassVar[Sequence[bool]] = (False, True)
     measure_readouts: ClassVar[Sequence[Readout]] = (PLAIN, Readout(0.5, 8.0), Readout(1.5))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "measuring" in metafunc.fixturenames:
-            chosen = self.measure_forms()
+            numbers = metafunc.function.__name__ == "test_measures_match_float64"
+            chosen = self.measure_forms("numbers" if numbers else "edges")
             values = [(self.forms[form], dtype) for form, dtype in chosen]
             ids = ["-".join(given) for given in chosen]
             metafunc.parametrize(["measuring", "dtype"], values, ids=ids)
         else:
             super().pytest_generate_tests(metafunc)
 
-    def measure_forms(self) -> list[tuple[str, str]]:
-        """Which forms and dtypes are tested; not all where each is compiled."""
+    def measure_forms(self, part: str) -> list[tuple[str, str]]:
+        """What is tested, on numbers and at edges; few where each is compiled."""
         return self.edge_forms()
 
-    @pytest.mark.parametrize("with_view", [False, True])
-    def test_measures_match_float64(self, measuring: Backend, dtype: str, with_view: bool) -> None:
-        for vocab in self.measure_vocabs:
+    def test_measures_match_float64(self, measuring: Backend, dtype: str) -> None:
+        for vocab, with_view in itertools.product(self.measure_vocabs, self.measure_views):
             for seed, readout in enumerate(self.measure_readouts):
                 q = Placed(dtype, (2, 3), vocab, start=3, gap=5)
                 q.holding(logits_for(vocab + seed, (2, 3), vocab, scale=4.0))
