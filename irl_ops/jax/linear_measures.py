@@ -15,7 +15,7 @@ from irl_ops.jax import measures
 from irl_ops.jax.backends import BACKENDS, dispatch
 from irl_ops.jax.chunks import Layer, Sums, backwards, logits_of
 from irl_ops.jax.linear_loss import Form, gradient_of
-from irl_ops.jax.measures import View
+from irl_ops.jax.measures import KERNEL, View
 from irl_ops.jax.program import computed_in
 from irl_ops.jax.rows import once
 from irl_ops.kernels.reference.measures import RowMeasures, Slopes
@@ -40,7 +40,7 @@ def row_measures(
     def by(name: str) -> Any:
         return functools.partial(_measures, BACKENDS[name], form, wanted)
 
-    found: RowMeasures = dispatch(form.backend, by, layer, ids, view)
+    found: RowMeasures = dispatch(form.backend, by, layer, ids, view, kernel=KERNEL)
     return found
 
 
@@ -62,7 +62,7 @@ def _backward(
 
     slopes = measures.slopes_of(found, above)
     given = (layer, ids, found.row_max, found.logsum, slopes, view)
-    dhidden, sums = dispatch(form.backend, by, *given)
+    dhidden, sums = dispatch(form.backend, by, *given, kernel=KERNEL)
     return gradient_of(dhidden, sums, 1.0), None, None
 
 

@@ -17,6 +17,8 @@ from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.measures import EXTRAS
 from irl_ops.readout import Readout
 
+KERNEL = "row_measures"
+
 
 class Form(NamedTuple):
     """What a program is made for."""
@@ -47,7 +49,7 @@ def row_measures(form: Form, logits: jax.Array, ids: jax.Array, view: View) -> R
 
         return run
 
-    found: RowMeasures = dispatch(form.backend, by, logits, ids, view)
+    found: RowMeasures = dispatch(form.backend, by, logits, ids, view, kernel=KERNEL)
     return found
 
 
@@ -80,7 +82,7 @@ def _backward(form: Form, saved: tuple[Any, ...], above: RowMeasures) -> tuple[A
 
     slopes = slopes_of(found, above)
     given = (logits, ids, found.row_max, found.logsum, slopes, view)
-    return dispatch(form.backend, by, *given), None, None
+    return dispatch(form.backend, by, *given, kernel=KERNEL), None, None
 
 
 row_measures.defvjp(_forward, _backward)
