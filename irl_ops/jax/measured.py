@@ -30,9 +30,8 @@ def row_measures(
     **readout: Any,
 ) -> RowMeasures:
     """See ``irl_ops.kernels.reference.measures``; ``given`` are those of ``VIEW`` in ``names``."""
-    found = measures.row_measures(
-        logits, ids, wanted, **dict(zip(names, given, strict=True)), **readout
-    )
+    options = readout | dict(zip(names, given, strict=True))
+    found = measures.row_measures(logits, ids, wanted, **options)
     return found._replace(top1=None if found.top1 is None else found.top1.astype(jnp.int32))
 
 
@@ -49,9 +48,8 @@ def row_measures_grad(
 ) -> jax.Array:
     """Likewise; ``given`` are those of ``SLOPES`` and ``VIEW`` in ``names``."""
     slopes, view = slopes_and_view(a, c, dict(zip(names, given, strict=True)))
-    made: jax.Array = measures.row_measures_grad(
-        logits, ids, row_max, logsum, slopes, **view, **readout
-    )
+    options = readout | view
+    made: jax.Array = measures.row_measures_grad(logits, ids, row_max, logsum, slopes, **options)
     return made
 
 

@@ -147,7 +147,7 @@ def _operation(plain: Function, kernel: Kernel) -> Function:
     return operation(plain, **_chosen(plain, kernel))
 
 
-def _chosen(plain: Function, kernel: Kernel) -> dict[str, Callable[[Any], Function]]:
+def _chosen(plain: Function, kernel: Kernel) -> dict[str, Any]:
     """What is lowered, by platform; ``plain`` where there are no rows as well."""
 
     def fits(ctx: Any) -> bool:

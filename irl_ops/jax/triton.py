@@ -200,7 +200,7 @@ def _row_measures_grad_on(ctx: Any) -> Function:
     return run
 
 
-def _view(named: dict[str, jax.Array], ids: jax.Array) -> tuple[list[jax.Array], dict[str, bool]]:
+def _view(named: dict[str, jax.Array], ids: jax.Array) -> tuple[list[jax.Array], dict[str, Any]]:
     """What each row has of its own, and the flags; ``ids`` stand in for what it has not."""
     flags = {"row_scale": "SCALED", "keep_mask": "MASK", "keep_above": "ABOVE"}
     return [named.get(n, ids) for n in flags], {flag: n in named for n, flag in flags.items()}

@@ -154,7 +154,8 @@ def _kernel(
 
         sums = [jnp.zeros(places.shape[1:], jnp.float32)] * tiles
         if count > UNROLLED:
-            return lax.fori_loop(0, count, add, sums)
+            looped: list[jax.Array] = lax.fori_loop(0, count, add, sums)
+            return looped
         return functools.reduce(lambda sums, k: add(k, sums), range(count), sums)
 
     blocks.each_group(group)

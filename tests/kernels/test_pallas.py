@@ -24,6 +24,7 @@ from irl_ops.kernels import reference
 from irl_ops.kernels.pallas import labels as label_kernels
 from irl_ops.kernels.pallas.generations import (
     GENERATIONS,
+    MOST_IDS,
     SMALLEST,
     Generation,
     generation,
@@ -184,6 +185,17 @@ class TestPallas(MeasuresKernels, ReadoutKernels, examples=12):
             ("v7x", "bfloat16", first),
             ("v5e", "float32", third),
         ]
+
+
+def test_more_ids_than_a_kernel_takes_are_left_to_xla():
+    q = jax.random.normal(jax.random.key(0), (4, 128))
+    ids = jnp.broadcast_to(jnp.arange(MOST_IDS + 1), (4, MOST_IDS + 1))  # the last is bad
+    found = backend.row_measures(q, ids)
+    np.testing.assert_array_equal(found.picked[:, :-1], q)
+    assert np.isnan(found.picked[:, -1]).all()
+    slopes = Slopes(jnp.zeros(4), None, jnp.ones(ids.shape), None, None)
+    dlogits = backend.row_measures_grad(q, ids, found.row_max, found.logsum, slopes)
+    np.testing.assert_array_equal(dlogits, np.ones((4, 128)))
 
 
 def test_the_gradient_in_xla():
