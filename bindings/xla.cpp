@@ -1,141 +1,20 @@
 // The row kernels as targets of XLA's custom calls on CPUs, with the threads of XLA's own pool. The
-// only file that sees XLA's headers; without them it offers no targets.
+// files named xla are all that see XLA's headers; without them they offer no targets.
 //
 // Logits and dlogits are [..., V], contiguous, of float32, bfloat16 or float16; labels [...] of
 // int32 or int64; all other arrays float32 [...]. A gradient may take the place of its logits. The
 // float32 attributes logit_scale and softcap may be left out: 1 and 0.
-#include <cstdint>
-#include <string>
-
 #include "addresses.h"
 
 namespace py = pybind11;
 
 #ifdef IRL_OPS_XLA
 
-#include <algorithm>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <utility>
-#include <vector>
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "xla_call.h"
 
 namespace {
 
-using Array = ffi::AnyBuffer;
-using Output = ffi::Result<Array>;
-
-// Such as F32[2,3].
-std::string described(ffi::DataType dtype, ffi::Span<const std::int64_t> sizes) {
-  std::ostringstream text;
-  text << dtype << "[";
-  for (std::size_t axis = 0; axis < sizes.size(); ++axis) text << (axis ? "," : "") << sizes[axis];
-  text << "]";
-  return text.str();
-}
-
-[[noreturn]] void refuse(const char* name, const Array& given, const std::string& accepted) {
-  throw std::invalid_argument(std::string(name) + " is " +
-                              described(given.element_type(), given.dimensions()) +
-                              ", accepted is " + accepted);
-}
-
-bool same_sizes(ffi::Span<const std::int64_t> one, ffi::Span<const std::int64_t> other) {
-  return std::equal(one.begin(), one.end(), other.begin(), other.end());
-}
-
-// The checked arguments of one call, beside its logits.
-class Call {
- public:
-  explicit Call(Array logits, const char* name = "logits") : logits_(logits) {
-    const auto sizes = logits.dimensions();
-    if (sizes.size() == 0) refuse(name, logits, "[..., V]");
-    std::int64_t count = 1;
-    for (const std::int64_t size : row_sizes()) count *= size;
-    rows_ = {dtype_of(logits, name), sizes.back(), {{count}, {sizes.back()}}};
-  }
-
-  const irl::Rows& rows() const { return rows_; }
-  const void* logits() const { return logits_.untyped_data(); }
-
-  float* vector(const char* name, const Array& given) const {
-    if (given.element_type() != ffi::F32 || !same_sizes(given.dimensions(), row_sizes()))
-      refuse(name, given, described(ffi::F32, row_sizes()));
-    return static_cast<float*>(given.untyped_data());
-  }
-
-  // Labels as the kernels take them; those of 32 bits are copied.
-  const std::int64_t* labels(const Array& given) {
-    const bool wide = given.element_type() == ffi::S64;
-    if ((!wide && given.element_type() != ffi::S32) || !same_sizes(given.dimensions(), row_sizes()))
-      refuse("labels", given, described(ffi::S32, row_sizes()) + " or S64");
-    if (wide) return static_cast<const std::int64_t*>(given.untyped_data());
-    const auto* narrow = static_cast<const std::int32_t*>(given.untyped_data());
-    labels_.assign(narrow, narrow + rows_.layout.rows());
-    return labels_.data();
-  }
-
-  void* gradient(const Array& given) const {
-    if (given.element_type() != logits_.element_type() ||
-        !same_sizes(given.dimensions(), logits_.dimensions()))
-      refuse("dlogits", given, described(logits_.element_type(), logits_.dimensions()));
-    return given.untyped_data();
-  }
-
- private:
-  static irl::Dtype dtype_of(const Array& given, const char* name) {
-    switch (given.element_type()) {
-      case ffi::F32:
-        return irl::Dtype::float32;
-      case ffi::BF16:
-        return irl::Dtype::bfloat16;
-      case ffi::F16:
-        return irl::Dtype::float16;
-      default:
-        refuse(name, given, "F32, BF16 or F16");
-    }
-  }
-
-  ffi::Span<const std::int64_t> row_sizes() const {
-    return logits_.dimensions().first(logits_.dimensions().size() - 1);
-  }
-
-  Array logits_;
-  irl::Rows rows_;
-  std::vector<std::int64_t> labels_;
-};
-
-irl::Team team_of(ffi::ThreadPool& pool) {
-  return {pool.num_threads(), [&](irl::Team::Task task) { pool.Schedule(std::move(task)); }};
-}
-
-// No exception may pass through XLA.
-template <class Work>
-ffi::Error run(const Work& work) {
-  try {
-    work();
-  } catch (const std::invalid_argument& error) {
-    return ffi::Error::InvalidArgument(error.what());
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
-}
-
-float number(const ffi::Dictionary& attributes, const char* name, float otherwise) {
-  if (!attributes.contains(name)) return otherwise;
-  const auto given = attributes.get<float>(name);
-  if (!given.has_value()) throw std::invalid_argument(std::string(name) + " is no float32");
-  return given.value();
-}
-
-irl::Readout readout_of(const ffi::Dictionary& attributes) {
-  return parse_readout(number(attributes, "logit_scale", 1), number(attributes, "softcap", 0));
-}
+using namespace irl::xla_calls;
 
 ffi::Error row_stats(ffi::ThreadPool pool, Array logits, Array labels, Output row_max,
                      Output logsum, Output label_logit, std::optional<Output> entropy,
@@ -250,8 +129,8 @@ py::dict targets() {
       {"label_logit", kLabelLogit}, {"set_label", kSetLabel},
   };
   py::dict capsules;
-  for (const auto& [name, handler] : handlers)
-    capsules[name] = py::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
+  for (const auto& [name, handler] : handlers) capsules[name] = target_of(handler);
+  add_measures(capsules);
   return capsules;
 }
 

@@ -18,15 +18,19 @@ from jax.interpreters import mlir
 
 from irl_ops import _native
 from irl_ops.jax import private
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
 def through_python(
-    name: str, out: Sequence[Any], *given: jax.Array, **numbers: Any
+    name: str, out: Sequence[Any], *given: jax.Array, **told: Any
 ) -> tuple[jax.Array, ...]:
-    """The results of the kernel, of the shapes and dtypes ``out``, the entropy last."""
-    results: list[jax.Array] = _callback.bind(*given, name=name, out=tuple(out), **numbers)
+    """The results of the kernel, of the shapes and dtypes ``out``, the entropy last.
+
+    ``told``: the numbers of the readout, and of the row measures what is there, as words.
+    """
+    results: list[jax.Array] = _callback.bind(*given, name=name, out=tuple(out), **told)
     return tuple(results)
 
 
@@ -66,6 +70,55 @@ def _row_stats_grad(
     )  # fmt: skip
 
 
+def _row_measures(
+    out: list[NDArray],
+    q: NDArray,
+    ids: NDArray,
+    *arrays: NDArray,
+    given: str,
+    wanted: str,
+    **numbers: Any,
+) -> None:
+    found = dict(zip(("row_max", "logsum", "picked", *wanted.split()), out, strict=True))
+    ids, top1 = ids.astype(np.int64), found.get("top1")
+    if top1 is not None:
+        found["top1"] = np.empty(top1.shape, np.int64)
+    view = _view(dict(zip(given.split(), arrays, strict=True)), q)
+    at = tuple(_address(found.get(name)) for name in RowMeasures._fields)
+    _native.row_measures(*_rows(q), _address(ids), ids.shape[-1], at, view, _threads(), **numbers)
+    if top1 is not None:
+        top1[...] = found["top1"]
+
+
+def _row_measures_grad(
+    out: list[NDArray],
+    q: NDArray,
+    ids: NDArray,
+    row_max: NDArray,
+    logsum: NDArray,
+    a: NDArray,
+    c: NDArray,
+    *arrays: NDArray,
+    given: str,
+    **numbers: Any,
+) -> None:
+    named = dict(zip(given.split(), arrays, strict=True), a=a, c=c)
+    ids = ids.astype(np.int64)
+    slopes = tuple(_address(named.get(name)) for name in Slopes._fields)
+    y, _, _, strides, _ = _rows(out[0])
+    _native.row_measures_grad(
+        *_rows(q), _address(ids), ids.shape[-1], _address(row_max), _address(logsum), slopes,
+        y, strides, _view(named, q), _threads(), **numbers,
+    )  # fmt: skip
+
+
+def _view(named: dict[str, NDArray], q: NDArray) -> tuple[int, int, list[int], int]:
+    scale, mask, above = (
+        _address(named.get(name)) for name in ("row_scale", "keep_mask", "keep_above")
+    )
+    return scale, mask, [q.shape[-1]], above
+
+
 def _label_logit(out: list[NDArray], q: NDArray, labels: NDArray, **numbers: Any) -> None:
     labels = labels.astype(np.int64)
     _native.label_logit(*_rows(q), _address(labels), _address(out[0]), **numbers)
@@ -102,15 +155,17 @@ _KERNELS: dict[str, Callable[..., None]] = {
     "row_stats": _row_stats,
     "row_grad": _row_grad,
     "row_stats_grad": _row_stats_grad,
+    "row_measures": _row_measures,
+    "row_measures_grad": _row_measures_grad,
     "label_logit": _label_logit,
     "set_label": _set_label,
 }
 
 
-def _lower(ctx: Any, *given: Any, name: str, out: tuple[Any, ...], **numbers: Any) -> Any:
+def _lower(ctx: Any, *given: Any, name: str, out: tuple[Any, ...], **told: Any) -> Any:
     def called(*arrays: NDArray) -> list[NDArray]:
         results = [np.empty(x.shape, x.dtype) for x in out]
-        _KERNELS[name](results, *arrays, **numbers)
+        _KERNELS[name](results, *arrays, **told)
         return results
 
     return private.emit_callback(ctx, called, given)

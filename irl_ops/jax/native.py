@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from irl_ops.jax import private
+from irl_ops.jax import measured, private
 from irl_ops.jax.columns import OverColumns
 from irl_ops.jax.operation import Function, array_like, operation, vector_like
 from irl_ops.jax.shards import Columns
 from irl_ops.kernels import reference
+from irl_ops.kernels.reference.measures import RowMeasures
 
 try:
     from irl_ops import _native
@@ -73,21 +75,45 @@ def _run_set_label(y: jax.Array, *vectors: jax.Array, **readout: Any) -> Any:
     return _call("set_label", [array_like(y)], y, *vectors, aliases={0: 0}, **readout)[0]
 
 
+def _run_row_measures(
+    q: jax.Array,
+    ids: jax.Array,
+    *given: jax.Array,
+    names: tuple[str, ...] = (),
+    wanted: tuple[str, ...] = (),
+    **readout: Any,
+) -> RowMeasures:
+    types = measured.results(q, ids, wanted)
+    words = {"given": " ".join(names), "wanted": " ".join(list(types)[3:])}
+    found = _call("row_measures", list(types.values()), q, ids, *given, words=words, **readout)
+    return measured.named(dict(zip(types, found, strict=True)))
+
+
+def _run_row_measures_grad(
+    q: jax.Array, *given: jax.Array, names: tuple[str, ...] = (), **readout: Any
+) -> Any:
+    words = {"given": " ".join(names)}
+    out = [array_like(q)]
+    return _call("row_measures_grad", out, q, *given, aliases={0: 0}, words=words, **readout)[0]
+
+
 def _call(
     name: str,
     out: list[Any],
     q: jax.Array,
     *given: jax.Array,
     aliases: dict[int, int] | None = None,
+    words: dict[str, str] | None = None,
     **readout: Any,
 ) -> tuple[jax.Array, ...]:
-    numbers = {key: np.float32(x or 0.0) for key, x in readout.items()}  # 0: no soft cap
+    told: dict[str, Any] = {key: np.float32(x or 0.0) for key, x in readout.items()}  # 0: no cap
+    told |= words or {}
     if called_by_xla():
         target = jax.ffi.ffi_call(f"irl_ops_{name}", out, input_output_aliases=aliases)
-        return tuple(target(q, *given, **numbers))
+        return tuple(target(q, *given, **told))
     from irl_ops.jax.callback import through_python
 
-    return through_python(name, out, q, *given, **numbers)
+    return through_python(name, out, q, *given, **told)
 
 
 @functools.cache
@@ -121,7 +147,7 @@ RUN = {
 }
 
 
-def _operation(plain: Function, run: Function) -> Function:
+def _on_cpu(run: Function) -> Callable[[Any], Function]:
     def choose(ctx: Any) -> Function:
         if private.partitions(ctx) > 1 and not called_by_xla():
             raise NotImplementedError(
@@ -131,11 +157,15 @@ def _operation(plain: Function, run: Function) -> Function:
             )
         return run
 
+    return choose
+
+
+def _operation(plain: Function, run: Function) -> Function:
     def over_columns(columns: Columns) -> Function:
         part: Function = getattr(OverColumns(RUN, columns), plain.__name__)
         return part
 
-    return operation(plain, over_columns, cpu=choose)
+    return operation(plain, over_columns, cpu=_on_cpu(run))
 
 
 row_stats = _operation(reference.row_stats, _run_row_stats)
@@ -143,3 +173,5 @@ row_grad = _operation(reference.row_grad, _run_row_grad)
 row_stats_grad = _operation(reference.row_stats_grad, _run_row_stats_grad)
 label_logit = _operation(reference.label_logit, _run_label_logit)
 set_label = _operation(reference.set_label, _run_set_label)
+row_measures = measured.measures_operation(cpu=_on_cpu(_run_row_measures))
+row_measures_grad = measured.gradient_operation(cpu=_on_cpu(_run_row_measures_grad))

@@ -1,9 +1,10 @@
 """Operations on rows that become a program only when lowered, for the devices at hand.
 
 An operation's arrays have the same leading axes, the rows; logits and gradients have one more, the
-vocabulary. So every operation is batched by one more leading axis, and partitioned over devices by
-its rows: logits sharded over batch or sequence stay where they are, and so do those whose
-vocabulary is sharded in equal parts, where ``over_columns`` says what becomes of the operation.
+vocabulary, and some arrays have one more that is not it. So every operation is batched by one more
+leading axis, and partitioned over devices by its rows: logits sharded over batch or sequence stay
+where they are, and so do those whose vocabulary is sharded in equal parts, where ``over_columns``
+says what becomes of the operation.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ OverColumns = Callable[[Columns], Function]
 def operation(
     plain: Function,
     over_columns: OverColumns | None = None,
+    beside: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     **chosen: Callable[[Any], Function],
 ) -> Function:
     """A function that takes and returns what ``plain`` does; flags are static.
@@ -42,6 +44,8 @@ def operation(
             is chosen, XLA partitions it as it sees fit.
         over_columns: the function to lower on a device that has some columns of its rows; without
             it they are gathered.
+        beside: the places, among the arrays and among the results, of those whose last axis is
+            neither of the rows nor the vocabulary.
         **chosen: by platform, the function to lower, given jax's context of the lowering. It takes
             the same arrays, those that are not None.
 
@@ -77,7 +81,7 @@ def operation(
         if private.partitions(ctx) > 1 and kernel is not plain:
             given_ndims, out_ndims = ([x.ndim for x in y] for y in (ctx.avals_in, ctx.avals_out))
             parted = over_columns and functools.partial(_on_columns, over_columns, **static)
-            run = _by_rows(run, parted, given_ndims, out_ndims)
+            run = _by_rows(run, parted, given_ndims, out_ndims, beside)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
     def refuse(ctx: Any, *_: Any, **__: Any) -> Any:
@@ -121,14 +125,19 @@ def _refused(*_: Any, **__: Any) -> Any:
 
 
 def _by_rows(
-    run: Function, parted: Callable[[Columns], Function] | None, given: list[int], out: list[int]
+    run: Function,
+    parted: Callable[[Columns], Function] | None,
+    given: list[int],
+    out: list[int],
+    beside: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> Function:
     """``run`` on each device's rows; the numbers of axes of what it takes and returns."""
     lead = given[0] - 1
     names = [f"r{i}" for i in range(lead)]
 
-    def rule(ndims: list[int], of: str) -> str:
-        vocab = [f"{of}{i}" if parted is None else "v" for i in range(len(ndims))]
+    def rule(ndims: list[int], of: str, apart: tuple[int, ...]) -> str:
+        own = range(len(ndims)) if parted is None else apart
+        vocab = [f"{of}{i}" if i in own else "v" for i in range(len(ndims))]
         return ", ".join(
             " ".join([*names, *([v] if n > lead else [])])
             for n, v in zip(ndims, vocab, strict=True)
@@ -143,28 +152,31 @@ def _by_rows(
         names = axis if isinstance(axis, tuple) else (axis,)
         return None if logits.shape[lead] % math.prod(mesh.shape[x] for x in names) else axis
 
-    def spread(mesh: Any, logits: Any, ndims: list[int]) -> tuple[NamedSharding, ...]:
+    def spread(
+        mesh: Any, logits: Any, ndims: list[int], apart: tuple[int, ...]
+    ) -> tuple[NamedSharding, ...]:
         spec = tuple(logits.sharding.spec)[:lead]
         spec += (None,) * (lead - len(spec))
         vocab = axis_of(mesh, logits)
         return tuple(
-            NamedSharding(mesh, PartitionSpec(*spec, *[vocab] * (n - lead)))  # type: ignore[no-untyped-call]
-            for n in ndims
+            NamedSharding(mesh, PartitionSpec(*spec, *[None if i in apart else vocab] * (n - lead)))  # type: ignore[no-untyped-call]
+            for i, n in enumerate(ndims)
         )
 
     def partition(mesh: Any, shapes: Any, results: Any) -> Any:
         axis = axis_of(mesh, shapes[0])
         here = run if axis is None or parted is None else parted(Columns(axis))
-        return mesh, here, list(spread(mesh, shapes[0], out)), spread(mesh, shapes[0], given)
+        results_are = list(spread(mesh, shapes[0], out, beside[1]))
+        return mesh, here, results_are, spread(mesh, shapes[0], given, beside[0])
 
     def infer(mesh: Any, shapes: Any, results: Any) -> Any:
-        return list(spread(mesh, shapes[0], out))
+        return list(spread(mesh, shapes[0], out, beside[1]))
 
     spread_over_devices = custom_partitioning(run)  # type: ignore[no-untyped-call]
     spread_over_devices.def_partition(  # type: ignore[no-untyped-call]
         partition=partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=f"{rule(given, 'v')} -> {rule(out, 'w')}",
+        sharding_rule=f"{rule(given, 'v', beside[0])} -> {rule(out, 'w', beside[1])}",
     )
     made: Function = spread_over_devices
     return made

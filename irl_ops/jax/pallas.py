@@ -20,16 +20,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax import private
+from irl_ops.jax import measured, private
 from irl_ops.jax.operation import Function, device, operation
 from irl_ops.kernels import reference
 from irl_ops.kernels.pallas.generations import (
     GENERATIONS,
+    MOST_IDS,
     SMALLEST,
     Generation,
     generation,
     in_whole_tiles,
 )
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 
 INTERPRETED_AS = GENERATIONS[-1]
 LANES = 128
@@ -86,6 +88,28 @@ def row_stats_grad(
     return row_max, logsum, h, dlogits.astype(logits.dtype)
 
 
+def row_measures(
+    logits: jax.Array, ids: jax.Array, wanted: tuple[str, ...] = (), **view: Any
+) -> RowMeasures:
+    """See ``irl_ops.kernels.reference.measures``; more than ``MOST_IDS`` a row are left to XLA."""
+    found: RowMeasures = _row_measures(_widened(logits), ids, wanted, **view)
+    return found
+
+
+def row_measures_grad(
+    logits: jax.Array,
+    ids: jax.Array,
+    row_max: jax.Array,
+    logsum: jax.Array,
+    slopes: Slopes,
+    **view: Any,
+) -> jax.Array:
+    """The gradient in the logits' dtype; by XLA where ``row_grad`` is, for the same reason."""
+    vectors = (row_max, logsum, slopes)
+    made: jax.Array = _row_measures_grad(_widened(logits), ids, *vectors, **view)
+    return made.astype(logits.dtype)
+
+
 def label_logit(logits: jax.Array, labels: jax.Array, **readout: Any) -> jax.Array:
     """``q[label]``: reads one tile per row where the logits consist of whole tiles."""
     pick = _label_logit if in_whole_tiles(logits.shape) else reference.label_logit
@@ -115,25 +139,37 @@ def _widened(logits: jax.Array) -> jax.Array:
 # --- The kernels, which need Pallas: imported when one of them is lowered ---
 
 
-def _operation(
-    plain: Function, kernel: Callable[[Generation, bool, str], Function | None]
-) -> Function:
-    """``kernel`` may answer None: XLA's own code serves, as it does where there are no rows."""
+Kernel = Callable[[Generation, bool, str], Function | None]
+"""For a generation, interpreted or not, and a dtype; None where XLA's own code serves."""
+
+
+def _operation(plain: Function, kernel: Kernel) -> Function:
+    return operation(plain, **_chosen(plain, kernel))
+
+
+def _chosen(plain: Function, kernel: Kernel) -> dict[str, Any]:
+    """What is lowered, by platform; ``plain`` where there are no rows as well."""
+
+    def fits(ctx: Any) -> bool:
+        # only the row measures take arrays of integers or masks with one axis more
+        logits, given, *_ = ctx.avals_in
+        many = given.shape[-1] if given.ndim == logits.ndim else 1
+        return 0 not in logits.shape[:-1] and 0 < many <= MOST_IDS
 
     def compiled(ctx: Any) -> Function:
-        *leading, vocab = ctx.avals_in[0].shape
-        if 0 in leading or vocab % LANES or private.partitions(ctx) > 1:
+        vocab = ctx.avals_in[0].shape[-1]
+        if not fits(ctx) or vocab % LANES or private.partitions(ctx) > 1:
             return plain
         target = device(ctx, "tpu")
         of = SMALLEST if target is None else generation(target.device_kind)
         return kernel(of, False, ctx.avals_in[0].dtype.name) or plain
 
     def interpreted(ctx: Any) -> Function:
-        if 0 in ctx.avals_in[0].shape[:-1]:
+        if not fits(ctx):
             return plain
         return kernel(INTERPRETED_AS, True, ctx.avals_in[0].dtype.name) or plain
 
-    return operation(plain, tpu=compiled, cpu=interpreted)
+    return {"tpu": compiled, "cpu": interpreted}
 
 
 def _row_stats_kernel(of: Generation, interpret: bool, dtype: str) -> Function | None:
@@ -188,6 +224,35 @@ def _row_stats_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Funct
     return functools.partial(row_stats_grad, of=of, interpret=interpret)
 
 
+def _row_measures_kernel(of: Generation, interpret: bool, dtype: str) -> Function:
+    from irl_ops.kernels.pallas.row_measures import row_measures
+
+    def run(
+        q: Any, ids: Any, *given: Any, names: Any = (), wanted: Any = (), **readout: Any
+    ) -> RowMeasures:
+        view = dict(zip(names, given, strict=True))
+        return row_measures(q, ids, wanted, **view, **readout, of=of, interpret=interpret)
+
+    return run
+
+
+def _row_measures_grad_kernel(of: Generation, interpret: bool, dtype: str) -> Function | None:
+    from irl_ops.kernels.pallas.row_measures_grad import row_measures_grad
+
+    if dtype in of.gradient_in_xla and not interpret:
+        return None
+
+    def run(
+        q: Any, ids: Any, row_max: Any, logsum: Any, a: Any, c: Any, *given: Any,
+        names: Any = (), **readout: Any,
+    ) -> jax.Array:  # fmt: skip
+        slopes, view = measured.slopes_and_view(a, c, dict(zip(names, given, strict=True)))
+        options = readout | view | {"of": of, "interpret": interpret}
+        return row_measures_grad(q, ids, row_max, logsum, slopes, **options)
+
+    return run
+
+
 def _label_logit_kernel(of: Generation, interpret: bool, dtype: str) -> Function:
     from irl_ops.kernels.pallas.labels import label_logit
 
@@ -205,3 +270,7 @@ _row_grad = _operation(_row_grad_in_xla, _row_grad_kernel)
 _row_stats_grad = _operation(reference.row_stats_grad, _row_stats_grad_kernel)
 _label_logit = _operation(reference.label_logit, _label_logit_kernel)
 _set_label = _operation(reference.set_label, _set_label_kernel)
+_row_measures = measured.measures_operation(**_chosen(measured.row_measures, _row_measures_kernel))
+_row_measures_grad = measured.gradient_operation(
+    **_chosen(measured.row_measures_grad, _row_measures_grad_kernel)
+)

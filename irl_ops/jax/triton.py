@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from irl_ops.jax import private
+from irl_ops.jax import measured, private
 from irl_ops.jax.operation import Function, array_like, device, operation, vector_like
 from irl_ops.kernels import reference
+from irl_ops.kernels.reference.measures import RowMeasures
 from irl_ops.kernels.triton import dispatch
 
 WANTED = (
@@ -151,6 +152,60 @@ def _label_logit_on(ctx: Any) -> Function:
     return run
 
 
+def _row_measures_on(ctx: Any) -> Function:
+    capability = _capability(ctx)
+
+    def run(
+        q: jax.Array, ids: jax.Array, *given: jax.Array,
+        names: tuple[str, ...] = (), wanted: tuple[str, ...] = (), **readout: Any,
+    ) -> RowMeasures:  # fmt: skip
+        types = measured.results(q, ids, wanted)
+        nothing = jax.ShapeDtypeStruct((1,), jnp.float32)  # type: ignore[no-untyped-call]
+        tiles = dispatch.row_stats(q.shape[-1], _family(capability))
+        arrays, flags = _view(dict(zip(names, given, strict=True)), ids)
+        out = _call(
+            ("measures", "row_measures"), capability, q,
+            [ids, *arrays, *_sizes(q), *_strides(q), *_strides(q), ids.shape[-1]],
+            [types.get(name, nothing) for name in RowMeasures._fields],
+            grid=(_rows(q),), EDGES=_edges(q),
+            ENTROPY="entropy" in types, SQUARES="log_sum_sq" in types, TOP="top1" in types,
+            MEAN="kept" in types, **flags, **tiles.launch, **readout,
+        )  # fmt: skip
+        found = dict(zip(RowMeasures._fields, out, strict=True))
+        return measured.named({name: found[name] for name in types})
+
+    return run
+
+
+def _row_measures_grad_on(ctx: Any) -> Function:
+    capability = _capability(ctx)
+
+    def run(
+        q: jax.Array, ids: jax.Array, row_max: jax.Array, logsum: jax.Array, a: jax.Array,
+        c: jax.Array, *given: jax.Array, names: tuple[str, ...] = (), **readout: Any,
+    ) -> Any:  # fmt: skip
+        block, named = dispatch.row_grad(_family(capability)), dict(zip(names, given, strict=True))
+        arrays, flags = _view(named, ids)
+        b, d, e = (named.get(name, ids) for name in ("b", "d", "e"))
+        return _call(
+            ("measures", "row_measures_grad"), capability, q,
+            [ids, row_max, logsum, a, b, c, d, e, *arrays,
+             *_sizes(q), *_strides(q), *_strides(q), *_strides(q), ids.shape[-1]],
+            [array_like(q)],
+            grid=(_rows(q), block.programs(q.shape[-1])), aliases={0: 0},
+            EDGES=_edges(q), MATCHED=True, B="b" in named, D="d" in named, E="e" in named,
+            **flags, **block.launch, **readout,
+        )[0]  # fmt: skip
+
+    return run
+
+
+def _view(named: dict[str, jax.Array], ids: jax.Array) -> tuple[list[jax.Array], dict[str, Any]]:
+    """What each row has of its own, and the flags; ``ids`` stand in for what it has not."""
+    flags = {"row_scale": "SCALED", "keep_mask": "MASK", "keep_above": "ABOVE"}
+    return [named.get(n, ids) for n in flags], {flag: n in named for n, flag in flags.items()}
+
+
 def _call(
     name: tuple[str, str],
     capability: int,
@@ -218,3 +273,5 @@ row_stats = operation(reference.row_stats, cuda=_row_stats_on)
 row_grad = operation(reference.row_grad, cuda=_row_grad_on)
 row_stats_grad = operation(reference.row_stats_grad, cuda=_row_stats_grad_on)
 _bent_label_logit = operation(reference.label_logit, cuda=_label_logit_on)
+row_measures = measured.measures_operation(cuda=_row_measures_on)
+row_measures_grad = measured.gradient_operation(cuda=_row_measures_grad_on)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 MIB = 2**20
 DTYPES = ("bfloat16", "float32")
+MOST_IDS = 128  # of a row; row_measures keeps a tile in VMEM for each
 
 
 class Generation(NamedTuple):

@@ -53,7 +53,7 @@ def row_stats_grad(
     cap = Softcap(logit_scale, softcap)
     whole = functools.partial(_resident, rows) if rows else _in_two
     stats, dlogits = whole(logits, read, cap, of, interpret)
-    row_max, logsum, h = stats
+    row_max, logsum, h, _ = stats
     unread = alpha == -jnp.inf
     row_max, logsum = jnp.where(unread, 0.0, row_max), jnp.where(unread, 0.0, logsum)
     return row_max, logsum, None if h is None else jnp.where(unread, 0.0, h), dlogits

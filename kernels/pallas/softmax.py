@@ -21,6 +21,7 @@ class Running(NamedTuple):
     top: jax.Array
     total: jax.Array  # sum of e = exp(q - top)
     centred: jax.Array | None  # sum of e (q - top); None without entropy
+    squares: jax.Array | None = None  # sum of e^2, likewise
 
 
 class Normaliser(NamedTuple):
@@ -29,39 +30,46 @@ class Normaliser(NamedTuple):
     row_max: jax.Array
     logsum: jax.Array
     entropy: jax.Array | None
+    log_sum_sq: jax.Array | None = None
 
 
-def empty(shape: tuple[int, int], entropy: bool) -> Running:
+def empty(shape: tuple[int, int], entropy: bool, squares: bool = False) -> Running:
     """Nothing seen."""
     zero = jnp.zeros(shape, jnp.float32)
-    return Running(jnp.full(shape, -INF, jnp.float32), zero, zero if entropy else None)
+    top = jnp.full(shape, -INF, jnp.float32)
+    return Running(top, zero, zero if entropy else None, zero if squares else None)
 
 
 def fold(run: Running, tiles: list[jax.Array]) -> Running:
     """With a few tiles more: one exponential each, and one to move the sums to the new maximum."""
     top = jnp.maximum(run.top, _largest(tiles))
     origin = origin_of(top)
-    _, total, centred = _moved(run, origin)
+    _, total, centred, squares = _moved(run, origin)
     for x in tiles:
         c = x - origin
         e = jnp.exp(c)
         total = total + e
         if centred is not None:
             centred = centred + e * jnp.maximum(c, FLOOR)
-    return Running(top, total, centred)
+        if squares is not None:
+            squares = squares + e * e
+    return Running(top, total, centred, squares)
 
 
 def finish(run: Running) -> Normaliser:
     """The lanes together."""
     row_max = jnp.max(run.top, axis=1, keepdims=True)
-    _, total, centred = _moved(run, origin_of(row_max))
+    _, total, centred, squares = _moved(run, origin_of(row_max))
     total = jnp.sum(total, axis=1, keepdims=True)
     logsum = jnp.log(total)
-    if centred is None:
-        return Normaliser(row_max, logsum, None)
-    centred = jnp.sum(centred, axis=1, keepdims=True)
-    entropy = jnp.where(total == 0.0, 0.0, logsum - centred / total)
-    return Normaliser(row_max, logsum, entropy)
+    entropy = log_sum_sq = None
+    if centred is not None:
+        centred = jnp.sum(centred, axis=1, keepdims=True)
+        entropy = jnp.where(total == 0.0, 0.0, logsum - centred / total)
+    if squares is not None:  # of a confident row both vanish, and rounding may go above 0
+        log_squares = jnp.log(jnp.sum(squares, axis=1, keepdims=True)) - 2.0 * logsum
+        log_sum_sq = jnp.where(total == 0.0, -INF, jnp.minimum(log_squares, 0.0))
+    return Normaliser(row_max, logsum, entropy, log_sum_sq)
 
 
 def origin_of(top: jax.Array) -> jax.Array:
@@ -117,9 +125,12 @@ def _moved(run: Running, origin: jax.Array) -> Running:
     shift = run.top - origin
     scale = jnp.exp(shift)
     total = scale * run.total
-    if run.centred is None:
-        return Running(run.top, total, None)
-    return Running(run.top, total, scale * run.centred + total * jnp.maximum(shift, FLOOR))
+    centred, squares = run.centred, run.squares
+    if centred is not None:
+        centred = scale * centred + total * jnp.maximum(shift, FLOOR)
+    if squares is not None:
+        squares = scale * scale * squares
+    return Running(run.top, total, centred, squares)
 
 
 def _largest(tiles: list[jax.Array]) -> jax.Array:

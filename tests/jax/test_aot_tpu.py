@@ -105,6 +105,53 @@ def test_programs_for_several_tpus() -> None:
     assert done.stdout.splitlines() == ["0 True", "1 True"], done.stdout + done.stderr
 
 
+MEASURES = """
+import os
+import sys
+import aot_tpu
+os.environ.update(aot_tpu.ENVIRONMENT)
+import jax
+import tpu_programs as programs
+import irl_ops.jax as irl
+from jax.sharding import SingleDeviceSharding
+
+device = SingleDeviceSharding(programs.topology(sys.argv[1]).devices[0])
+shapes = [((2, 512, 256), "bfloat16"), ((256, 32000), "bfloat16"), ((2, 512), "int32"),
+          ((2, 512, 8), "int32"), ((2, 512, 32000), "bool"), ((2, 512), "float32")]
+given = [jax.ShapeDtypeStruct(*x, sharding=device) for x in shapes]
+
+
+def total(hidden, weight, labels, ids, mask, row):
+    asked = dict(extra_ids=ids, keep_mask=mask, keep_above=-row, temperature=1 + row * row)
+    extras = ("log_sum_sq", "top1", "mean_logit")
+    stats = irl.token_stats(hidden @ weight, labels, extras=extras, softcap=30.0, **asked)
+    fields = (stats.logprob, stats.entropy, stats.log_sum_sq, stats.mean_logit)
+    return sum(x.sum() for x in (*fields, stats.extra_logprob)), stats.top1
+
+
+lowered = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True)).lower(*given)
+memory = lowered.compile().memory_analysis().temp_size_in_bytes
+print(lowered.as_text().count("@tpu_custom_call"), memory / (2 * 512 * 32000 * 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("generation", "kernels"), [("v4", "1"), ("v7x", "2")])
+def test_the_row_measures_compile(generation: str, kernels: str) -> None:
+    """With all that can be asked for: the gradient by XLA, and by a kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURES, generation],
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    count, memory = done.stdout.split()
+    assert count == kernels and float(memory) < 2.5
+
+
 def test_an_unmet_limit_is_an_error() -> None:
     """The judge can say no."""
     code = (

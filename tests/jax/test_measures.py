@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import irl_ops.jax as irl
 
+from .. import naive
 from ..cases import Case
 from ..measure_cases import Found, check, measure_cases
 from .jax_cases import array, tensor
@@ -42,10 +45,10 @@ def run(function: Any, case: Case) -> Found:
     return Found(found, tensor(dlogits), *back)
 
 
-@given(case=measure_cases())
-@settings(max_examples=5)  # each is compiled; the arithmetic is that of the reference kernels
-def test_everything(case: Case) -> None:
-    check(irl.token_stats, case, run)
+@given(case=measure_cases(), backend=st.sampled_from(["native", "native", "reference"]))
+@settings(max_examples=8)  # each is compiled; what the kernels compute is tested by the contract
+def test_everything(case: Case, backend: str) -> None:
+    check(partial(irl.token_stats, backend=backend), case, run)
 
 
 def test_a_layer_gives_what_its_logits_give() -> None:
@@ -70,6 +73,31 @@ def test_a_layer_gives_what_its_logits_give() -> None:
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_batched_beside_what_is_the_same_for_all(backend: str) -> None:
+    """Against the naive statistics and their autograd; with more ids than there are columns."""
+    names = ("logprob", "entropy", "log_sum_sq", "mean_logit", "extra_logprob")
+
+    def total(q: Any, y: Any, ids: Any) -> Any:
+        options = dict(extra_ids=ids, temperature=HEAT[0], extras=EXTRAS)
+        stats = irl.token_stats(q, y, backend=backend, **options)
+        return sum(getattr(stats, n).sum() for n in names), stats
+
+    ids = np.tile(IDS, 6)  # each of them six times, whose gradients add up
+    found, dlogits = jax.jit(jax.vmap(jax.grad(total, has_aux=True)))(LOGITS, LABELS, ids)[::-1]
+    for k in range(2):
+        q = torch.tensor(LOGITS[k], dtype=torch.float64, requires_grad=True)
+        options = dict(ignore_index=-100, extra_ids=torch.tensor(ids[k]), extras=EXTRAS)
+        options["temperature"] = torch.tensor(HEAT[0])
+        wanted = naive.token_stats(q, torch.tensor(LABELS[k]), **options)
+        sum(wanted[n].sum() for n in names).backward()
+        for n in names:
+            np.testing.assert_allclose(
+                getattr(found, n)[k], wanted[n].detach(), rtol=1e-5, atol=1e-5
+            )
+        np.testing.assert_allclose(dlogits[k], q.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_a_traced_temperature_is_one_of_each_row() -> None:
     stats = jax.jit(lambda t: irl.token_stats(LOGITS, LABELS, temperature=t))(jnp.float32(0.7))
     by_number = irl.token_stats(LOGITS, LABELS, temperature=0.7)
@@ -86,14 +114,6 @@ def test_bad_ids_are_nan_and_none_is_0() -> None:
         assert np.isnan(found.extra_logprob).all()
     found = irl.token_stats(LOGITS, LABELS, extra_ids=np.full((2, 4, 1), -100))
     assert not np.asarray(found.extra_logprob).any()
-
-
-@pytest.mark.parametrize("backend", ["native", "pallas"])
-def test_a_backend_without_the_kernels_says_so(backend: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"backend '{backend}' has no kernels for a temperature by"
-    ):
-        irl.token_stats(LOGITS, LABELS, backend=backend, extras=("top1",))
 
 
 def test_numbers_of_a_loss() -> None:

@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 
 from irl_ops import _native
 from irl_ops.jax import callback, native, private
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 
 from ..kernels.backend import Backend, Case, cases, logits_for, vectors_for
 from ..kernels.exact import PLAIN, Arithmetic, Readout
+from ..kernels.measures_contract import MeasuresKernels
 from ..kernels.memory import Placed, encode
 from ..kernels.readout_contract import ReadoutKernels
 
@@ -75,15 +77,17 @@ class Called(Backend):
         return jax.jit(functools.partial(getattr(native, kernel), **options))
 
     def call(
-        self, kernel: str, readout: Readout, q: Placed, *given: np.ndarray, **options: bool
-    ) -> Any:
+        self, kernel: str, readout: Readout, q: Placed, *given: Any,
+        named: dict[str, np.ndarray] | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
         # who calls is decided when a program is lowered
-        wide = any(x.dtype == np.int64 for x in given)
+        wide = any(x.dtype == np.int64 for x in given if isinstance(x, np.ndarray))
         with pytest.MonkeyPatch.context() as patch, wide_integers(np.int64 if wide else None):
             let_call(self.caller, patch)
             run = self.program(kernel, readout, **options)
-            out = run(to_jax(np.ascontiguousarray(q.rows)), *given)
-        return [None if x is None else from_jax(x) for x in (out if type(out) is tuple else (out,))]
+            out = run(to_jax(np.ascontiguousarray(q.rows)), *given, **(named or {}))
+        results = out if isinstance(out, tuple) else (out,)
+        return [None if x is None else from_jax(x) for x in results]
 
     def row_stats(self, q, labels, entropy=True, readout=PLAIN):
         return self.call("row_stats", readout, q, labels, entropy=entropy)
@@ -97,6 +101,14 @@ class Called(Backend):
         *out, y.rows[...] = self.call("row_stats_grad", readout, q, *given)
         return out
 
+    def row_measures(self, q, ids, wanted, view, readout=PLAIN):
+        found = self.call("row_measures", readout, q, ids, named=view.given, wanted=wanted)
+        return RowMeasures(*found)
+
+    def row_measures_grad(self, q, ids, row_max, logsum, slopes, y, view, readout=PLAIN):
+        given = (ids, row_max, logsum, Slopes(**vars(slopes)))
+        (y.rows[...],) = self.call("row_measures_grad", readout, q, *given, named=view.given)
+
     def label_logit(self, q, labels, readout=PLAIN):
         return self.call("label_logit", readout, q, labels)[0]
 
@@ -105,7 +117,7 @@ class Called(Backend):
         (y.rows[...],) = self.call("set_label", readout, y, *given)
 
 
-class TestCalledByJax(ReadoutKernels, examples=20):
+class TestCalledByJax(MeasuresKernels, ReadoutKernels, examples=20):
     forms: ClassVar = {caller: Called(caller) for caller in CALLERS}
     # V, and any leading axes
     cases = (
@@ -119,6 +131,12 @@ class TestCalledByJax(ReadoutKernels, examples=20):
     shapes = st.sampled_from(cases[2:-1])  # compiled already
     readouts = (Readout(0.5, 8.0), Readout(3.0))
     certain_batches = 1
+    measure_vocabs = (331,)
+    measure_readouts = (readouts[0],)
+
+    def measure_forms(self, part: str) -> list[tuple[str, str]]:
+        """Each caller and each dtype: what the kernels compute is tested without JAX."""
+        return [("xla", "float32"), ("xla", "bfloat16"), ("python", "float16")]
 
     def readout_forms(self) -> list[tuple[str, str, Readout]]:
         """The numbers reach the kernels: what those make of them is tested without JAX."""

@@ -57,6 +57,50 @@ def main(backend: str) -> None:
         stats = jax.jit(partial(irl.token_stats, gamma=0.9, backend=backend))(q, y)
         close(stats.reward, reference.token_stats(*map(np.asarray, (q, y)), gamma=0.9).reward)
 
+    # all that token_stats can be asked for, beside ids and a mask that are spread as the logits are
+    ids = jax.random.randint(jax.random.key(2), (B, T, 3), 0, V)
+    kept = jax.random.bernoulli(jax.random.key(3), 0.8, (B, T, V))
+    there = jnp.concatenate([jnp.maximum(labels, 0)[..., None], ids], -1)
+    kept |= (jnp.arange(V) == there[..., None]).any(-2)
+    heat = 0.5 + jax.random.uniform(jax.random.key(4), (B, T))
+
+    def measured(q: jax.Array, y: jax.Array, i: jax.Array, m: jax.Array, t: jax.Array) -> Any:
+        asked = dict(extra_ids=i, keep_mask=m, temperature=t, extras=("log_sum_sq", "top1"))
+        stats = irl.token_stats(q, y, backend=backend, **asked)
+        total = (stats.logprob + stats.entropy * stats.log_sum_sq).sum()
+        return total + stats.extra_logprob.sum(), stats.top1
+
+    def naive(q: jax.Array, y: jax.Array, i: jax.Array, m: jax.Array, t: jax.Array) -> Any:
+        z = jnp.where(m, q / t[..., None], -jnp.inf)
+        logp = jnp.where(m, jax.nn.log_softmax(z), -100.0)  # exp(-100) is 0 in float32
+        picked = jnp.take_along_axis(logp, jnp.concatenate([y[..., None], i], -1), -1)
+        entropy, squares = -(jnp.exp(logp) * logp).sum(-1), jnp.log(jnp.exp(2 * logp).sum(-1))
+        total = jnp.where(y < 0, 0.0, picked[..., 0]) + entropy * squares
+        return total.sum() + picked[..., 1:].sum(), z.argmax(-1)
+
+    (total, top1), gradient = jax.value_and_grad(naive, has_aux=True)(
+        logits, labels, ids, kept, heat
+    )
+    for axes in [("data", "model"), *[(None, None, "model")] * (backend != "pallas")]:
+        rows = axes[:2]
+        given = [
+            place(x, *on)
+            for x, on in (
+                (logits, axes), (labels, rows), (ids, rows), (kept, axes), (heat, rows)
+            )
+        ]  # fmt: skip
+        run = jax.jit(jax.value_and_grad(measured, has_aux=True)).lower(*given).compile()
+        (value, top), dlogits = run(*given)
+        np.testing.assert_allclose(value, total, rtol=1e-5)
+        np.testing.assert_array_equal(top, top1)
+        np.testing.assert_allclose(dlogits, gradient, rtol=1e-4, atol=1e-5)
+        if len(axes) == 2:  # every device has its rows, and nothing as wide as one is sent
+            assert dlogits.sharding.is_equivalent_to(given[0].sharding, 3), dlogits.sharding
+            moved = [
+                x for x in run.as_text().splitlines() if "all-gather(" in x or "all-to-all(" in x
+            ]
+            assert not [x for x in moved if f",{V}]" in x], moved
+
     # by hand, each device with rows of its own; Pallas's interpreter does not know varying types
     over = PartitionSpec(("data", "model"))
     for check_vma in (True, False) if backend != "pallas" else (False,):

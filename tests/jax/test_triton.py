@@ -20,7 +20,7 @@ READY = triton.unavailable("cuda")
 needs_plugin = pytest.mark.skipif(READY is not None, reason=f"needs a CUDA build of JAX: {READY}")
 
 
-PROGRAM = """
+GIVEN = """
 import sys
 import jax
 import irl_ops.jax as irl
@@ -29,6 +29,9 @@ from irl_ops.jax import triton
 logits = jax.ShapeDtypeStruct((2, 8, int(sys.argv[1])), "bfloat16")
 labels = jax.ShapeDtypeStruct((2, 8), "int32")
 row = jax.ShapeDtypeStruct((2, 8), "float32")
+"""
+
+PROGRAMS = """
 programs = [
     (triton.row_stats, logits, labels),
     (lambda q, y: triton.row_stats(q, y, True), logits, labels),
@@ -40,17 +43,38 @@ programs = [
     (lambda q, y: irl.token_stats(q, y).reward, logits, labels),
     (jax.value_and_grad(lambda q, y: irl.iqlearn_loss(q, y, softcap=30.0)), logits, labels),
 ]
+"""
+
+MEASURES = """
+ids = jax.ShapeDtypeStruct((2, 8, 3), "int32")
+mask = jax.ShapeDtypeStruct(logits.shape, "bool")
+
+
+def measured(q, y, ids, mask, row):
+    asked = dict(extra_ids=ids, keep_mask=mask, keep_above=row, temperature=row)
+    stats = irl.token_stats(q, y, extras=("log_sum_sq", "top1", "mean_logit"), **asked)
+    fields = (stats.logprob, stats.entropy, stats.log_sum_sq, stats.mean_logit)
+    return sum(x.sum() for x in (*fields, stats.extra_logprob))
+
+
+programs = [
+    (lambda q, y: irl.token_stats(q, y, extras=("top1",)).top1, logits, labels),
+    (jax.grad(measured), logits, labels, ids, mask, row),
+]
+"""
+
+LOWERED = """
 for program, *given in programs:
     lowered = jax.jit(program).trace(*given).lower(lowering_platforms=("cuda",))
     print(lowered.as_text().count("@triton_kernel_call"))
 """
 
 
-def lowered(vocab: int, **environment: str) -> subprocess.CompletedProcess[str]:
+def lowered(programs: str, vocab: int, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: in this one, Triton's kernels are interpreted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM, str(vocab)],
+        [sys.executable, "-P", "-c", GIVEN + programs + LOWERED, str(vocab)],
         env=env | {"JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
@@ -63,14 +87,21 @@ def lowered(vocab: int, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
 @pytest.mark.parametrize("vocab", [50257, 151936])  # with edges, and without
 def test_programs_hold_the_kernels(capability, vocab):
-    done = lowered(vocab, IRL_OPS_COMPUTE_CAPABILITY=capability)
+    done = lowered(PROGRAMS, vocab, IRL_OPS_COMPUTE_CAPABILITY=capability)
     # under a soft cap a kernel reads the labels' logits
     assert done.stdout.split() == ["1"] * 8 + ["2"], done.stderr
 
 
 @needs_plugin
+def test_measures_hold_theirs():
+    """With all that can be asked for, and with little; forward, and forward and back."""
+    done = lowered(MEASURES, 50257, IRL_OPS_COMPUTE_CAPABILITY="9.0")
+    assert done.stdout.split() == ["1", "2"], done.stderr
+
+
+@needs_plugin
 def test_lowering_for_nothing_says_what_to_set():
-    done = lowered(128)
+    done = lowered(PROGRAMS, 128)
     assert done.returncode and "set IRL_OPS_COMPUTE_CAPABILITY" in done.stderr
 
 

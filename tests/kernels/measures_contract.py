@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,6 +28,10 @@ class View:
     @property
     def options(self) -> dict[str, Array | None]:
         return vars(self)
+
+    @property
+    def given(self) -> dict[str, Array]:
+        return {name: x for name, x in self.options.items() if x is not None}
 
 
 @dataclass
@@ -189,32 +194,46 @@ class MeasuresKernels:
     """What backends have to do that have ``row_measures``; beside ``RowKernels``."""
 
     measure_vocabs: ClassVar[Sequence[int]] = (1, 2, 17, 331)
+    measure_views: ClassVar[Sequence[bool]] = (False, True)
     measure_readouts: ClassVar[Sequence[Readout]] = (PLAIN, Readout(0.5, 8.0), Readout(1.5))
 
-    @pytest.mark.parametrize("with_view", [False, True])
-    def test_measures_match_float64(self, kernels: Backend, dtype: str, with_view: bool) -> None:
-        for vocab in self.measure_vocabs:
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "measuring" in metafunc.fixturenames:
+            numbers = metafunc.function.__name__ == "test_measures_match_float64"
+            chosen = self.measure_forms("numbers" if numbers else "edges")
+            values = [(self.forms[form], dtype) for form, dtype in chosen]
+            ids = ["-".join(given) for given in chosen]
+            metafunc.parametrize(["measuring", "dtype"], values, ids=ids)
+        else:
+            super().pytest_generate_tests(metafunc)
+
+    def measure_forms(self, part: str) -> list[tuple[str, str]]:
+        """What is tested, on numbers and at edges; few where each is compiled."""
+        return self.edge_forms()
+
+    def test_measures_match_float64(self, measuring: Backend, dtype: str) -> None:
+        for vocab, with_view in itertools.product(self.measure_vocabs, self.measure_views):
             for seed, readout in enumerate(self.measure_readouts):
                 q = Placed(dtype, (2, 3), vocab, start=3, gap=5)
                 q.holding(logits_for(vocab + seed, (2, 3), vocab, scale=4.0))
                 y = Placed(dtype, (2, 3), vocab, start=1, gap=2, transposed=True)
                 view = view_for(seed, q.values, readout) if with_view else View()
-                ids = ids_for(seed, (2, 3), vocab, kernels.label_dtypes[0])
-                check_measures(kernels, q, y, ids, view, readout, seed)
+                ids = ids_for(seed, (2, 3), vocab, measuring.label_dtypes[0])
+                check_measures(measuring, q, y, ids, view, readout, seed)
 
-    def test_measures_in_place_and_of_silent_rows(self, kernels: Backend, dtype: str) -> None:
+    def test_measures_in_place_and_of_silent_rows(self, measuring: Backend, dtype: str) -> None:
         """A gradient over its logits; and rows of NaN whose coefficients are 0."""
         vocab = 331
         q, y = (Placed(dtype, (4,), vocab) for _ in range(2))
         x = logits_for(0, (4,), vocab, 3.0)
         q.holding(x)
-        ids = ids_for(1, (4,), vocab, kernels.label_dtypes[0])
+        ids = ids_for(1, (4,), vocab, measuring.label_dtypes[0])
         view = View(keep_mask=np.random.default_rng(0).random((4, vocab)) < 0.5)
         one = np.ones(4, np.float32)
         slopes = Slopes(one, one, np.ones(ids.shape, np.float32), one, one)
-        found = kernels.row_measures(q, ids, (), view, PLAIN)
-        kernels.row_measures_grad(q, ids, found.row_max, found.logsum, slopes, y, view, PLAIN)
-        kernels.row_measures_grad(q, ids, found.row_max, found.logsum, slopes, q, view, PLAIN)
+        found = measuring.row_measures(q, ids, (), view, PLAIN)
+        measuring.row_measures_grad(q, ids, found.row_max, found.logsum, slopes, y, view, PLAIN)
+        measuring.row_measures_grad(q, ids, found.row_max, found.logsum, slopes, q, view, PLAIN)
         np.testing.assert_array_equal(q.rows, y.rows)
 
         x[1] = np.nan
@@ -222,21 +241,21 @@ class MeasuresKernels:
         quiet = np.float32([1, 0, 1, 1])
         c = np.ones(ids.shape, np.float32) * quiet[:, None]
         slopes = Slopes(quiet, quiet, c, quiet, quiet)
-        found = kernels.row_measures(q, ids, NAMES, View(), PLAIN)
+        found = measuring.row_measures(q, ids, NAMES, View(), PLAIN)
         assert np.isnan(found.row_max + found.logsum)[1] and np.isnan(found.entropy[1])
         assert 0 <= found.top1[1] < vocab
-        kernels.row_measures_grad(q, ids, found.row_max, found.logsum, slopes, y, View(), PLAIN)
+        measuring.row_measures_grad(q, ids, found.row_max, found.logsum, slopes, y, View(), PLAIN)
         assert not y.values[1].any() and np.isfinite(y.values).all()
 
-    def test_the_first_of_equals_is_the_top(self, kernels: Backend, dtype: str) -> None:
+    def test_the_first_of_equals_is_the_top(self, measuring: Backend, dtype: str) -> None:
         """And strongly negative logits are nothing special, -inf alone is."""
         vocab = 331
         q = Placed(dtype, (4,), vocab)
         x = np.full((4, vocab), -60000.0)  # of every dtype
         x[1, [300, 40]], x[2], x[3, 5] = 3.0, -np.inf, -1.0
         q.holding(x)
-        ids = np.array([[0], [40], [1], [5]], kernels.label_dtypes[0])
-        found = kernels.row_measures(q, ids, NAMES, View(), PLAIN)
+        ids = np.array([[0], [40], [1], [5]], measuring.label_dtypes[0])
+        found = measuring.row_measures(q, ids, NAMES, View(), PLAIN)
         np.testing.assert_array_equal(found.top1, [0, 40, 0, 5])
         uniform = np.log(vocab)
         np.testing.assert_allclose(found.entropy, [uniform, np.log(2), 0, 0], atol=1e-5)

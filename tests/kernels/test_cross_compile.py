@@ -61,7 +61,8 @@ def test_targets_for_xla_compile(target: str, tmp_path: Path) -> None:
     if jaxlib is None or jaxlib.origin is None:
         pytest.skip("needs jaxlib, for XLA's headers")
     source = tmp_path / "xla.cpp"
-    source.write_text(f'#define IRL_OPS_XLA 1\n#include "{ROOT / "bindings/xla.cpp"}"\n')
+    lines = [f'#include "{ROOT / "bindings" / name}"' for name in ("xla.cpp", "xla_measures.cpp")]
+    source.write_text("\n".join(["#define IRL_OPS_XLA 1", *lines, ""]))
     headers = str(Path(jaxlib.origin).parent / "include")
     includes = (pybind11.get_include(), sysconfig.get_path("include"), headers)
     compile_with_zig(target, source, tmp_path, *includes)

@@ -24,6 +24,7 @@ from irl_ops.kernels import reference
 from irl_ops.kernels.pallas import labels as label_kernels
 from irl_ops.kernels.pallas.generations import (
     GENERATIONS,
+    MOST_IDS,
     SMALLEST,
     Generation,
     generation,
@@ -31,11 +32,15 @@ from irl_ops.kernels.pallas.generations import (
     resident_rows,
 )
 from irl_ops.kernels.pallas.row_grad import row_grad, row_grad_in_xla
+from irl_ops.kernels.pallas.row_measures import row_measures
+from irl_ops.kernels.pallas.row_measures_grad import row_measures_grad
 from irl_ops.kernels.pallas.row_stats import row_stats
 from irl_ops.kernels.pallas.row_stats_grad import row_stats_grad
+from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 
 from .backend import Backend, Case, check, labels_for, logits_for, vectors_for
 from .exact import PLAIN, Arithmetic, Exact, Readout, close
+from .measures_contract import MeasuresKernels
 from .memory import Placed
 from .readout_contract import ReadoutKernels
 
@@ -90,6 +95,19 @@ class Pallas(Backend):
         y.rows[...] = from_jax(dlogits)
         return [None if x is None else np.asarray(x) for x in out]
 
+    def row_measures(self, q, ids, wanted, view, readout=PLAIN):
+        options = dict(of=self.of, interpret=self.interpret, wanted=wanted)
+        run = self.program(row_measures, readout, **options)
+        found = run(to_jax(q.rows), ids, **view.given)
+        return RowMeasures(*(None if x is None else np.asarray(x) for x in found))
+
+    def row_measures_grad(self, q, ids, row_max, logsum, slopes, y, view, readout=PLAIN):
+        run = self.program(row_measures_grad, readout, of=self.of, interpret=self.interpret)
+        given = (ids, row_max, logsum, Slopes(**vars(slopes)))
+        dlogits = run(to_jax(q.rows), *given, **view.given)
+        assert dlogits.dtype == q.dtype
+        y.rows[...] = from_jax(dlogits)
+
     def label_logit(self, q, labels, readout=PLAIN):
         return np.asarray(self.element("label_logit", readout, q, labels))
 
@@ -110,7 +128,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return jax.jit(functools.partial(function, **options))
 
 
-class TestPallas(ReadoutKernels, examples=12):
+class TestPallas(MeasuresKernels, ReadoutKernels, examples=12):
     forms: ClassVar = {"tiny": Pallas(TINY)} | {x: Pallas(BY_NAME[x]) for x in ("v4", "v5e", "v7x")}
     readouts = (Readout(0.25, 30.0), Readout(2.0, 0.5), Readout(3.0))
     readout_vocabs = (300,)
@@ -118,6 +136,14 @@ class TestPallas(ReadoutKernels, examples=12):
     wide = 300
     shapes = st.sampled_from([Case((17,), 129), Case((2, 16), 256)])  # each is a compilation
     random_forms = ("tiny",)
+
+    measure_vocabs = (331,)
+    measure_views = (True,)  # the edges have none
+    measure_readouts = (Readout(0.5, 8.0),)
+
+    def measure_forms(self, part: str) -> list[tuple[str, str]]:
+        """In several blocks, and in one."""
+        return [("tiny", "float32"), ("v7x", "bfloat16")][: 2 if part == "numbers" else 1]
 
     def numbers(self) -> list[tuple[str, str, Case]]:
         return [
@@ -159,6 +185,17 @@ class TestPallas(ReadoutKernels, examples=12):
             ("v7x", "bfloat16", first),
             ("v5e", "float32", third),
         ]
+
+
+def test_more_ids_than_a_kernel_takes_are_left_to_xla():
+    q = jax.random.normal(jax.random.key(0), (4, 128))
+    ids = jnp.broadcast_to(jnp.arange(MOST_IDS + 1), (4, MOST_IDS + 1))  # the last is bad
+    found = backend.row_measures(q, ids)
+    np.testing.assert_array_equal(found.picked[:, :-1], q)
+    assert np.isnan(found.picked[:, -1]).all()
+    slopes = Slopes(jnp.zeros(4), None, jnp.ones(ids.shape), None, None)
+    dlogits = backend.row_measures_grad(q, ids, found.row_max, found.logsum, slopes)
+    np.testing.assert_array_equal(dlogits, np.ones((4, 128)))
 
 
 def test_the_gradient_in_xla():
