@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irl_ops.torch.tokens import TokenStats
+from irl_ops.torch.token_fields import TokenStats
 
 from .. import naive
 from ..cases import (

@@ -10,7 +10,7 @@ from torch import Tensor
 import irl_ops.torch as irl
 from irl_ops.call import Call, StatsCall
 from irl_ops.torch.shards import fits
-from irl_ops.torch.tokens import TokenStats
+from irl_ops.torch.token_fields import TokenStats
 
 from .. import naive
 from ..cases import EPS, Case
