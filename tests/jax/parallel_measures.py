@@ -17,8 +17,8 @@ class Form(NamedTuple):
     """What a program is compiled for."""
 
     split: tuple[int, int]  # devices that share a row, devices that share a sequence
+    options: dict[str, Any]  # the static ones
     arrays: tuple[str, ...] = ARRAYS
-    options: dict[str, Any] = {}  # the static ones
     order: bool = False
     padding: int = 0  # columns behind the vocabulary
     linear: bool = False
@@ -26,15 +26,15 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "vocabulary": Form((4, 1), options=dict(extras=EXTRAS, softcap=30.0), padding=4),
-    "sequence": Form((1, 4), options=dict(extras=EXTRAS, shift=True), order=True, check_vma=False),
-    "both": Form((2, 2), ("extra_ids", "temperature"), dict(shift=True), padding=2),
+    "vocabulary": Form((4, 1), dict(extras=EXTRAS, softcap=30.0), padding=4),
+    "sequence": Form((1, 4), dict(extras=EXTRAS, shift=True), order=True, check_vma=False),
+    "both": Form((2, 2), dict(shift=True), ("extra_ids", "temperature"), padding=2),
     "linear": Form(
-        (2, 2), ("extra_ids", "keep_mask"), dict(extras=EXTRAS, chunk_size=5), padding=2,
+        (2, 2), dict(extras=EXTRAS, chunk_size=5), ("extra_ids", "keep_mask"), padding=2,
         linear=True,
     ),
     "linear, rows apart": Form(
-        (2, 2), ("keep_above",), dict(extras=("log_sum_sq",), shift=True), order=True,
+        (2, 2), dict(extras=("log_sum_sq",), shift=True), ("keep_above",), order=True,
         linear=True, check_vma=False,
     ),
 }  # fmt: skip
