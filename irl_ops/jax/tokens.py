@@ -100,7 +100,8 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
             has the log-likelihood -inf; a row of which nothing is kept has the value -inf, the
             entropy 0, and gradient 0.
         extras: names among "log_sum_sq", "top1" and "mean_logit", fields of the result.
-        vocab_axis: axis along which the columns are sharded.
+        vocab_axis: axis along which the columns are sharded. Labels and ids are those of the
+            whole vocabulary, ``keep_mask`` is that of the columns here.
         vocab_start: the first column here.
         vocab_size: columns without padding.
         sequence_axis: axis along which the rows are sharded; the results are those of the rows

@@ -69,7 +69,8 @@ def token_stats(
             has the log-likelihood -inf; a row of which nothing is kept has the value -inf, the
             entropy 0, and gradient 0.
         extras: names among "log_sum_sq", "top1" and "mean_logit", fields of the result.
-        vocab_group: the processes that hold the other columns.
+        vocab_group: the processes that hold the other columns. Labels and ids are those of the
+            whole vocabulary, ``keep_mask`` is that of the columns here.
         vocab_start: the first column here.
         vocab_size: the columns that count.
         sequence_group: the processes that hold the other rows. What is differentiated is the sum
