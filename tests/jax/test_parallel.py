@@ -383,6 +383,7 @@ def main(seed: int, count: int) -> None:
             except Exception as error:
                 error.add_note(f"measures, {name!r}, seed {seed + i}")
                 raise
+    parallel_measures.check_sent()
     check_stats(False)
     check_stats(True)
     check_devices()
