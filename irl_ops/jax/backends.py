@@ -65,20 +65,14 @@ def check_backend(name: str, logits: Any) -> str:
     return name
 
 
-def fastest(platform: str, kernel: str = "row_stats") -> str:
-    """The name of the fastest backend that serves ``platform``, of those that have the kernel."""
+def fastest(platform: str) -> str:
+    """The name of the fastest backend that serves ``platform``."""
     # Pallas on a CPU is its interpreter, which is asked for by name
     names = (n for n in BACKENDS if not (n == "pallas" and platform == "cpu"))
-    able = (n for n in names if hasattr(BACKENDS[n], kernel))
-    return next(n for n in able if BACKENDS[n].unavailable(platform) is None)
+    return next(n for n in names if BACKENDS[n].unavailable(platform) is None)
 
 
-def dispatch(
-    backend: str,
-    function: Callable[[str], Callable[..., Any]],
-    *arrays: Any,
-    kernel: str = "row_stats",
-) -> Any:
+def dispatch(backend: str, function: Callable[[str], Callable[..., Any]], *arrays: Any) -> Any:
     """``function(name)(*arrays)`` for the backend of that name.
 
     For "auto" the name is that of the fastest on the platform that the program is lowered for; the
@@ -86,7 +80,7 @@ def dispatch(
     """
     if backend != "auto":
         return function(backend)(*arrays)
-    names = {platform: fastest(platform, kernel) for platform in PLATFORMS}
+    names = {platform: fastest(platform) for platform in PLATFORMS}
     if set(names.values()) == {"reference"}:
         return function("reference")(*arrays)
     served = {platform: function(name) for platform, name in names.items()}

@@ -40,9 +40,6 @@ def part(call: Any, parallel: Parallel, logits: Any) -> tuple[Any, Any]:
     None stands for the fields that are in the other half, and for options that are absent.
     """
     backend = serving(call.backend, logits)
-    measures = getattr(call, "measures", None)
-    if measures is not None and not measures.plain:
-        refuse_measures(parallel)
     placed = Placed(call._replace(backend=backend), parallel)
     return _half(placed, True), _half(placed, False)
 
@@ -76,16 +73,6 @@ def serving(backend: str, logits: Any) -> str:
             f"backend {name!r} cannot serve float64 logits; accepted: 'reference', 'auto'"
         )
     return "reference"
-
-
-def refuse_measures(parallel: Parallel) -> None:
-    """Raises where rows or columns are spread over devices."""
-    if parallel.vocab_group is not None or parallel.sequence_group is not None:
-        raise NotImplementedError(
-            "vocab_axis or sequence_axis with extra_ids, keep_mask, keep_above, extras or a "
-            "temperature that is an array; accepted: a temperature that is one number, value, "
-            "logprob, entropy and reward"
-        )
 
 
 def computed_in(logits: Any) -> Any:
