@@ -302,7 +302,7 @@ def _loss(
     if not (wanted and summed and is_plain(layer.hidden) and is_plain(labels)):
         return linear_ops.loss(call, layer, labels, drop, backend)
     box: list[Any] = []
-    loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, box)  # type: ignore[no-untyped-call]
+    loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, None, box)  # type: ignore[no-untyped-call]
     (metrics,) = box
     return loss if metrics is None else (loss, metrics)
 

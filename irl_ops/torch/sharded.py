@@ -30,7 +30,7 @@ Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 NUMBERS = ("lam", "gamma", "alpha", "entropy_coef", "z_loss", "num_items")
 APART = (  # what ranks may have different, or have compared elsewhere
     "vocab_group", "vocab_start", "sequence_group", "backend", "inplace", "return_metrics",
-    "chunk_size", "accumulate",
+    "accumulate",
 )  # fmt: skip
 
 Read = Callable[[Tensor, Reading, Tensor | None], tuple[RowStatistics, int | Tensor]]

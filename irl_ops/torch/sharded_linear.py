@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.algebra import RowStatistics, no_columns
-from irl_ops.call import read_loss, read_parallel, read_stats
+from irl_ops.call import Call, read_loss, read_parallel, read_stats
 from irl_ops.measures import refuse_over_groups
 from irl_ops.torch import linear_ops, ops, sharded
 from irl_ops.torch.backends import choose
-from irl_ops.torch.forward import Loss
+from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import Layer, arguments
+from irl_ops.torch.linear_loss import LinearAtOnce
 from irl_ops.torch.parallel import (
     ParallelArguments,
     Shards,
@@ -64,8 +65,22 @@ def loss_of_shards(
     )
     entropy = call.terms.entropy_coef is not None
     how = Reading(caller, shards.columns, part.word, entropy, backend, call.readout)
+    if _at_once(layer, call, shards):
+        box: list[Any] = []
+        heads = call.heads
+        inputs = (layer.hidden, layer.weight, layer.bias, heads.values, heads.next_values)
+        found: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, how, box)  # type: ignore[no-untyped-call]
+        return found if box[0] is None else (found, box[0])
     loss: Loss = sharded.loss(call, part, _reader(layer), how, drop)
     return loss
+
+
+def _at_once(layer: Layer, call: Call, shards: Shards) -> bool:
+    """Whether gradients come with the loss, chunk by chunk: the rows are whole sequences."""
+    inputs = (layer.hidden, layer.weight, layer.bias, call.heads.values, call.heads.next_values)
+    trained = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+    plain = is_plain(layer.hidden) and call.weighting.reduction != "none"
+    return trained and plain and shards.columns is not None and not shards.cuts
 
 
 @outside_of_graphs

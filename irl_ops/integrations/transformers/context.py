@@ -118,7 +118,7 @@ def _context_parallel() -> Any:
     if not (hasattr(seen, "_replaced_functions") and hasattr(seen, "_cp_options")):
         raise NotImplementedError(
             f"cp_size > 1 with torch {torch.__version__}: its context_parallel does not say in "
-            "which order it cuts sequences; accepted: torch 2.7 to 2.13, or cp_size=1"
+            "which order it cuts sequences; accepted: torch 2.11 to 2.13, or cp_size=1"
         )
     return seen
 
