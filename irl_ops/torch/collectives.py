@@ -41,6 +41,25 @@ def gather(
     return out[0], tuple(out[1:])
 
 
+def from_next(group: Group, mine: Tensor) -> Tensor:
+    """What the next rank has given for ``mine``; for the last rank its own. One message each way.
+
+    No collective: each process sends to its neighbour, and nothing waits for a device.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    mine = mine.contiguous()
+    theirs, messages = mine.clone(), []
+    if rank > 0:
+        to = dist.get_global_rank(group, rank - 1)
+        messages.append(dist.P2POp(dist.isend, mine, to, group))
+    if rank + 1 < ranks:
+        source = dist.get_global_rank(group, rank + 1)
+        messages.append(dist.P2POp(dist.irecv, theirs, source, group))
+    for work in dist.batch_isend_irecv(messages) if messages else ():
+        work.wait()
+    return theirs
+
+
 def summed(group: Group, arrays: ListOf[Tensor]) -> list[Tensor]:
     """The sums over all ranks, in one collective; alike on every rank where two terms are not 0."""
     wide = torch.promote_types(arrays[0].dtype, torch.float32)

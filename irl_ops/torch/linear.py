@@ -21,7 +21,7 @@ from irl_ops.torch.options import (
     LinearOnlineOptions,
     LinearStatsOptions,
 )
-from irl_ops.torch.parallel import is_parallel
+from irl_ops.torch.parallel import is_dtensor, is_parallel
 from irl_ops.torch.tokens import TokenStats
 
 
@@ -258,7 +258,7 @@ def linear_token_stats(
         torch.Size([2, 8])
     """
     given: dict[str, Any] = dict(options)
-    if is_parallel(hidden, given):
+    if is_parallel(hidden, given) or is_dtensor(weight):
         fields = sharded_linear.stats_of_shards(
             "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
         )
@@ -283,7 +283,7 @@ def _loss(
     return_metrics: bool,
     is_expert: Tensor | None = None,
 ) -> Loss:
-    if is_parallel(hidden, options):
+    if is_parallel(hidden, options) or is_dtensor(weight):
         return sharded_linear.loss_of_shards(
             caller, group, terms_of, hidden, weight, labels, options, return_metrics, is_expert
         )

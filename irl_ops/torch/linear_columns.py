@@ -78,7 +78,5 @@ class LinearColumns(Linear):
             a = a + torch.where(b != 0, b * h, 0.0)
         if self.columns.width:
             none = torch.zeros_like(a)  # the element at the label is written afterwards
-            self.kernels.row_grad(
-                logits, mine, row_max, logsum, a, b, none, logits, **self.readout
-            )
+            self.kernels.row_grad(logits, mine, row_max, logsum, a, b, none, logits, **self.readout)
         return mine, picked, row_max, logsum, h

@@ -58,7 +58,9 @@ class LinearAtOnce(torch.autograd.Function):
         else:
             assert how.columns is not None
             width = how.columns.width  # without padding
-            part = layer._replace(weight=weight[:width], bias=None if bias is None else bias[:width])
+            part = layer._replace(
+                weight=weight[:width], bias=None if bias is None else bias[:width]
+            )
             rows = algebra.align(xp, labels.long(), ANY_LABEL, call.sequence)
             kept = Kept(part, rows, call, drop)
             td = kept.loss.td is not None

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.algebra import RowStatistics, no_columns
-from irl_ops.call import Call, read_loss, read_parallel, read_stats
+from irl_ops.call import Call, Parallel, read_loss, read_parallel, read_stats
 from irl_ops.measures import refuse_over_groups
-from irl_ops.torch import linear_ops, ops, sharded
+from irl_ops.torch import linear_dtensor, linear_ops, ops, sharded
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import Layer, arguments
@@ -51,7 +51,8 @@ def loss_of_shards(
 ) -> Loss:
     """As ``irl_ops.torch.sharded_dense.loss_of_shards``."""
     everything = dict(options)
-    layer, shards, local, whole = _read(hidden, weight, labels, options)
+    hidden, weight, labels, is_expert, shards = _located(hidden, weight, labels, options, is_expert)
+    layer, shards, local, whole = _read(hidden, weight, labels, options, shards)
     drop = arguments.drop_rows(layer.hidden, options)
     if everything.get("drop_rows") is None and shards.cuts:
         drop = False  # who needs a row is known after one more collective
@@ -89,7 +90,8 @@ def stats_of_shards(
 ) -> tuple[Tensor | None, ...]:
     """As ``irl_ops.torch.sharded_dense.stats_of_shards``."""
     everything = dict(options)
-    layer, shards, local, whole = _read(hidden, weight, labels, options)
+    hidden, weight, labels, _, shards = _located(hidden, weight, labels, options)
+    layer, shards, local, whole = _read(hidden, weight, labels, options, shards)
     refuse_over_groups(caller, options)
     call = read_stats(caller, group, local, whole, labels, options)
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
@@ -102,20 +104,27 @@ def stats_of_shards(
     return fields
 
 
-def _read(
-    hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Layer, Shards, ParallelArguments, Whole]:
+def _located(
+    hidden: Any, weight: Any, labels: Any, options: dict[str, Any], is_expert: Any = None
+) -> tuple[Any, Any, Any, Any, Shards | None]:
+    """The arrays that are here, and where those of DTensors are; ``options`` get those here."""
+    if not (is_dtensor(hidden) or is_dtensor(weight)):
+        return hidden, weight, labels, is_expert, None
     parallel = read_parallel(options)
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if is_dtensor(x):
-            raise TypeError(
-                f"{name} is a DTensor; accepted: {name}.to_local(), with vocab_group and "
-                "sequence_group for what other processes hold"
-            )
-    layer = arguments.layer(hidden, weight, options, least=0 if parallel.vocab_group else 1)
+    found = linear_dtensor.local_part(hidden, weight, labels, is_expert, options, parallel)
+    options.update(found.options)
+    return found.hidden, found.weight, found.labels, found.is_expert, found.shards
+
+
+def _read(
+    hidden: Any, weight: Any, labels: Any, options: dict[str, Any], found: Shards | None
+) -> tuple[Layer, Shards, ParallelArguments, Whole]:
+    parallel = Parallel() if found else read_parallel(options)
+    cut = parallel.vocab_group is not None or (found is not None and found.columns is not None)
+    layer = arguments.layer(hidden, weight, options, least=0 if cut else 1)
     local, here = ParallelArguments(0), layer.weight.shape[0]
     local.check_logits(Whole(layer.hidden, here), labels)
-    shards = shards_of(parallel, here, labels)
+    shards = shards_of(parallel, here, labels) if found is None else found
     local.rows = whole_rows(shards, labels)
     return layer, shards, local, Whole(layer.hidden, whole_columns(shards, here))
 
