@@ -103,7 +103,8 @@ def linear_iqlearn_loss(
             known for that: on a GPU the host waits for it once a pass. None does so on a CPU alone;
             False makes no shape depend on the labels. The result is the same.
         vocab_group: the processes that hold the other rows of weight, ``[V / r, D]`` each; hidden
-            is the same on all of them, and its gradient comes summed over them. With it or
+            is the same on all of them, and its gradient comes summed over them. Each chunk has a
+            collective of its own then, and ``chunk_size`` is the same on all of them. Under
             ``sequence_group`` the logits are computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``. ``inplace`` changes nothing: the
             logits are nobody's.

@@ -67,13 +67,13 @@ class LinearColumns(Linear):
             found = RowStatistics(*self.kernels.row_stats(logits, mine, entropy, **self.readout))
         whole, self.count = whole_rows(found, labels, self.how)
         unread = given.alpha == -torch.inf  # rows that nobody needs, NaN or not
-        row_max, logsum, picked, h = (
-            None if x is None else x.masked_fill(unread, 0.0) for x in whole
-        )
+        row_max, logsum, picked = (x.masked_fill(unread, 0.0) for x in whole[:3])
+        h: Tensor | None = None
         a = given.alpha.masked_fill(unread, 0.0)
         beta, b = given.beta.masked_fill(unread, 0.0), torch.zeros_like(a)
         a = a + torch.where(beta != 0, beta * (row_max + logsum), 0.0)
-        if given.entropy_weight is not None:
+        if given.entropy_weight is not None and whole.entropy is not None:
+            h = whole.entropy.masked_fill(unread, 0.0)
             b = given.entropy_weight.masked_fill(unread, 0.0)
             a = a + torch.where(b != 0, b * h, 0.0)
         if self.columns.width:

@@ -39,6 +39,7 @@ class _Logits(NamedTuple):
 
     @property
     def ndim(self) -> int:
+        """As a tensor's."""
         return len(self.shape)
 
 
@@ -53,7 +54,8 @@ def local_part(
     """What is here of a call whose ``hidden`` [..., T, D] or ``weight`` [V, D] are DTensors.
 
     On each dimension of the mesh weight is sharded on its rows or whole, and hidden is sharded on
-    an axis of its rows or whole. A plain tensor among them is the same on the whole mesh.
+    an axis of its rows or whole. A plain tensor among them is the same on the whole mesh; a plain
+    weight and an ``accumulate`` get the gradient of the rows here.
 
     Raises:
         ValueError: other placements, two meshes, or options that placements decide about.
@@ -62,8 +64,9 @@ def local_part(
     refuse_told(name, parallel)
     tensor: Any = sys.modules["torch.distributed.tensor"]
     mesh = (weight if is_dtensor(weight) else hidden).device_mesh
+    bias: Any = options.get("bias")
     whole = (tensor.Replicate(),) * mesh.ndim
-    for what, x in (("hidden", hidden), ("weight", weight), ("bias", options.get("bias"))):
+    for what, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if is_dtensor(x) and x.device_mesh != mesh:
             raise ValueError(f"{what} is a DTensor on {x.device_mesh}; accepted: {mesh}, as {name}")
     columns = weight.placements if is_dtensor(weight) else whole
@@ -100,11 +103,11 @@ def local_part(
         n: x if n in ("cu_seqlens", "bias", "accumulate") else here.local(x)
         for n, x in options.items()
     }
-    accumulate = given.get("accumulate")
+    accumulate: Any = given.get("accumulate")
     if is_dtensor(accumulate):
         given["accumulate"] = accumulate.to_local()
-    if given.get("bias") is not None:
-        given["bias"] = _of_columns(given["bias"], mesh, columns, groups)
+    if bias is not None:
+        given["bias"] = _of_columns(bias, mesh, columns, groups)
     if is_dtensor(hidden):
         hidden = hidden.to_local()
     weight = _of_columns(weight, mesh, columns, groups)
@@ -115,11 +118,12 @@ def _of_columns(x: Any, mesh: Any, columns: tuple[Any, ...], groups: list[Any]) 
     """The part here of a weight or bias, whose gradient is that of the rows of all processes."""
     tensor: Any = sys.modules["torch.distributed.tensor"]
     if not is_dtensor(x):
+        plain: Tensor = x
         if all(isinstance(p, tensor.Replicate) for p in columns):
-            return x  # type: ignore[no-any-return]
+            return plain
         x = tensor.DTensor.from_local(x, mesh, [tensor.Replicate()] * mesh.ndim, run_check=False)
     local: Tensor = x.redistribute(placements=columns).to_local()
-    return _Summed.apply(local, groups) if groups else local  # type: ignore[no-any-return, no-untyped-call]
+    return _Summed.apply(local, groups) if groups else local  # type: ignore[no-untyped-call]
 
 
 class _Summed(torch.autograd.Function):
@@ -127,11 +131,13 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: list[Any]) -> Tensor:
+        """As it is."""
         ctx.groups = groups
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+        """One collective for each of the groups."""
         total = above.contiguous().clone()
         for group in ctx.groups:
             dist.all_reduce(total, group=group)
