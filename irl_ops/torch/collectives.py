@@ -35,7 +35,7 @@ def gather(
     for x in packed:
         end = start + x.numel() * x.element_size()
         # a copy, since another dtype needs its own alignment
-        part = rows[:, start:end].clone(memory_format=torch.contiguous_format)
+        part = rows[:, start:end].reshape(-1).clone(memory_format=torch.contiguous_format)
         out.append(part.view(x.dtype).view(ranks, *x.shape))
         start = end
     return out[0], tuple(out[1:])
