@@ -71,20 +71,29 @@ class Linear:
         done: list[Finished] = []
         behind: Tensor | float = 0.0
         for rows, logits in self.chunks():
-            picked = self.kernels.label_logit(logits, labels[rows], **self.readout)
-            part = (None if x is None else x[rows] for x in given)
-            row_max, logsum, entropy = self.kernels.row_stats_grad(
-                logits, *part, logits, **self.readout
-            )
-            done.insert(0, finish(Window(rows), row_max, logsum, picked, entropy, behind))
+            part = Coefficients(*(None if x is None else x[rows] for x in given))
+            mine, picked, *found = self.row_stats_grad(logits, labels[rows], part)
+            done.insert(0, finish(Window(rows), *found[:2], picked, found[2], behind))
             behind = done[0].stats.value[:1]
-            self.kernels.set_label_(logits, labels[rows], done[0].element, picked, **self.readout)
+            if logits.shape[-1]:
+                self.kernels.set_label_(logits, mine, done[0].element, picked, **self.readout)
             self.back(rows, logits)
         if not done:
             nothing = labels.new_empty(0, dtype=given.alpha.dtype)
             entropy = None if given.entropy_weight is None else nothing
             done = [finish(Window(slice(0, 0)), nothing, nothing, nothing, entropy, 0.0)]
         return None, joined(done)
+
+    def row_stats_grad(
+        self, logits: Tensor, labels: Tensor, given: Coefficients
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """``(labels, q[a], row_max, logsum, entropy)`` of a chunk, labels as the kernels take them.
+
+        The logits are overwritten by their gradient, but for the element at the label.
+        """
+        picked = self.kernels.label_logit(logits, labels, **self.readout)
+        found = self.kernels.row_stats_grad(logits, *given, logits, **self.readout)
+        return labels, picked, *found
 
     def row_stats(self, labels: Tensor, entropy: bool) -> tuple[Tensor, ...]:
         """``(row_max, logsum, label_logit[, entropy])`` of all rows; no gradient."""

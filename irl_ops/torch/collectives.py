@@ -35,10 +35,29 @@ def gather(
     for x in packed:
         end = start + x.numel() * x.element_size()
         # a copy, since another dtype needs its own alignment
-        part = rows[:, start:end].clone(memory_format=torch.contiguous_format)
+        part = rows[:, start:end].reshape(-1).clone(memory_format=torch.contiguous_format)
         out.append(part.view(x.dtype).view(ranks, *x.shape))
         start = end
     return out[0], tuple(out[1:])
+
+
+def from_next(group: Group, mine: Tensor) -> Tensor:
+    """What the next rank has given for ``mine``; for the last rank its own. One message each way.
+
+    No collective: each process sends to its neighbour, and nothing waits for a device.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    mine = mine.contiguous()
+    theirs, messages = mine.clone(), []
+    if rank > 0:
+        to = dist.get_global_rank(group, rank - 1)
+        messages.append(dist.P2POp(dist.isend, mine, to, group))
+    if rank + 1 < ranks:
+        source = dist.get_global_rank(group, rank + 1)
+        messages.append(dist.P2POp(dist.irecv, theirs, source, group))
+    for work in dist.batch_isend_irecv(messages) if messages else ():
+        work.wait()
+    return theirs
 
 
 def summed(group: Group, arrays: ListOf[Tensor]) -> list[Tensor]:

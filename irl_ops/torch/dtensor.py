@@ -1,4 +1,7 @@
-"""Logits that are a DTensor: their placements say what the options of parallel calls would."""
+"""Logits that are a DTensor: their placements say what the options of parallel calls would.
+
+The same of hidden states and a last layer's weight: ``irl_ops.torch.linear_dtensor``.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,27 @@ def local_part(
     Raises:
         ValueError: placements that are none of these; options that placements decide about.
     """
-    names = ("vocab_group", "vocab_start", "sequence_group", "sequence_order")
-    for name in names:
-        if getattr(parallel, name) is not None:
-            raise ValueError(
-                f"{name} is given with logits that are a DTensor; accepted: None, since its "
-                "placements say where its columns and rows are"
-            )
+    refuse_told("logits", parallel)
     if options.get("inplace"):
         raise ValueError("inplace=True with logits that are a DTensor; accepted: False")
-    shards = _shards(logits, parallel.vocab_size)
-    rows = _Rows(logits, shards)
+    shards, local = placed_shards(logits, parallel.vocab_size), logits.to_local()
+    rows = PlacedRows(logits, shards, local.shape[-1])
     given = {name: rows.option(name, x) for name, x in options.items()}
-    return Local(logits.to_local(), rows.local(labels), rows.local(is_expert), given, shards)
+    return Local(local, rows.local(labels), rows.local(is_expert), given, shards)
 
 
-def _shards(logits: Any, size: int | None) -> Shards:
+def refuse_told(name: str, parallel: Parallel) -> None:
+    """Raises where options say what the placements of ``name`` say."""
+    for option in ("vocab_group", "vocab_start", "sequence_group", "sequence_order"):
+        if getattr(parallel, option) is not None:
+            raise ValueError(
+                f"{option} is given with {name} that are a DTensor; accepted: None, since its "
+                "placements say where its columns and rows are"
+            )
+
+
+def placed_shards(logits: Any, size: int | None) -> Shards:
+    """What this process has of logits, a DTensor or whatever else has a mesh and placements."""
     tensor: Any = sys.modules[_MODULE]
     mesh, last = logits.device_mesh, logits.ndim - 1
     columns: Columns | None = None
@@ -82,13 +90,13 @@ def _sizes(length: int, ranks: int) -> tuple[int, ...]:
     return tuple(max(0, min(most, length - rank * most)) for rank in range(ranks))
 
 
-class _Rows:
-    """Takes the rows that are here out of the arrays of a call."""
+class PlacedRows:
+    """Takes what is here out of the arrays of a call; ``width`` columns are here."""
 
-    def __init__(self, logits: Any, shards: Shards) -> None:
+    def __init__(self, logits: Any, shards: Shards, width: int) -> None:
         self.mesh, self.placements = logits.device_mesh, logits.placements
         self.whole, self.shards = logits.shape[:-1], shards
-        self.vocab, self.width = logits.shape[-1], logits.to_local().shape[-1]
+        self.vocab, self.width = logits.shape[-1], width
 
     def option(self, name: str, x: Any) -> Any:
         """What is here of an option."""

@@ -21,7 +21,7 @@ from irl_ops.torch.options import (
     LinearOnlineOptions,
     LinearStatsOptions,
 )
-from irl_ops.torch.parallel import is_parallel
+from irl_ops.torch.parallel import is_dtensor, is_parallel
 from irl_ops.torch.token_fields import TokenStats
 
 
@@ -103,7 +103,8 @@ def linear_iqlearn_loss(
             known for that: on a GPU the host waits for it once a pass. None does so on a CPU alone;
             False makes no shape depend on the labels. The result is the same.
         vocab_group: the processes that hold the other rows of weight, ``[V / r, D]`` each; hidden
-            is the same on all of them, and its gradient comes summed over them. With it or
+            is the same on all of them, and its gradient comes summed over them. Each chunk has a
+            collective of its own then, and ``chunk_size`` is the same on all of them. Under
             ``sequence_group`` the logits are computed again in the backward pass.
         return_metrics: as all that follow: see ``iqlearn_loss``. ``inplace`` changes nothing: the
             logits are nobody's.
@@ -258,7 +259,7 @@ def linear_token_stats(
         torch.Size([2, 8])
     """
     given: dict[str, Any] = dict(options)
-    if is_parallel(hidden, given):
+    if is_parallel(hidden, given) or is_dtensor(weight):
         return sharded_linear.stats_of_shards(
             "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
         )
@@ -282,7 +283,7 @@ def _loss(
     return_metrics: bool,
     is_expert: Tensor | None = None,
 ) -> Loss:
-    if is_parallel(hidden, options):
+    if is_parallel(hidden, options) or is_dtensor(weight):
         return sharded_linear.loss_of_shards(
             caller, group, terms_of, hidden, weight, labels, options, return_metrics, is_expert
         )
@@ -301,7 +302,7 @@ def _loss(
     if not (wanted and summed and is_plain(layer.hidden) and is_plain(labels)):
         return linear_ops.loss(call, layer, labels, drop, backend)
     box: list[Any] = []
-    loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, box)  # type: ignore[no-untyped-call]
+    loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, None, box)  # type: ignore[no-untyped-call]
     (metrics,) = box
     return loss if metrics is None else (loss, metrics)
 

@@ -6,16 +6,22 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from irl_ops import algebra
-from irl_ops.algebra import Heads, Objective, Rows
+from irl_ops.algebra import BAD_LABEL, Heads, Objective, Rows
 from irl_ops.call import Call
+from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.chunks import Linear
 from irl_ops.torch.linear_arguments import Layer
+from irl_ops.torch.linear_columns import LinearColumns
 from irl_ops.torch.needed import Selection, needed
+from irl_ops.torch.parallel import ANY_LABEL
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
+from irl_ops.torch.shards import Reading
 from irl_ops.torch.stepwise import aligned, in_dtype
 
 
@@ -35,18 +41,37 @@ class LinearAtOnce(torch.autograd.Function):
         call: Call,
         drop: bool,
         backend: str,
+        how: Reading | None,
         box: list[Any],
     ) -> Tensor:
-        """The loss; the metrics go into ``box``."""
+        """The loss; the metrics go into ``box``.
+
+        ``how`` tells of the columns that other processes have; None: the weight has all.
+        """
         wanted = ctx.needs_input_grad[:3]
         ctx.total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
-        kept = Kept(layer._replace(hidden=hidden, weight=weight, bias=bias), labels, call, drop)
-        over = Linear(BACKENDS[backend], kept.layer, wanted)
-        out = algebra.loss_and_grad(xp, over, kept.rows, kept.loss, kept.heads)
+        layer = layer._replace(hidden=hidden, weight=weight, bias=bias)
+        if how is None:
+            kept = Kept(layer, aligned(call.sequence, labels, weight.shape[0]), call, drop)
+            over = Linear(BACKENDS[backend], kept.layer, wanted)
+            out = algebra.loss_and_grad(xp, over, kept.rows, kept.loss, kept.heads)
+        else:
+            assert how.columns is not None
+            width = how.columns.width  # without padding
+            part = layer._replace(
+                weight=weight[:width], bias=None if bias is None else bias[:width]
+            )
+            rows = algebra.align(xp, labels.long(), ANY_LABEL, call.sequence)
+            kept = Kept(part, rows, call, drop)
+            td = kept.loss.td is not None
+            over = LinearColumns(BACKENDS[backend], kept.layer, wanted, how, td)
+            out = algebra.loss_and_grad(xp, over, kept.rows, kept.loss, kept.heads)
+            _refuse_bad_labels(over.count, labels, call)
+        ctx.group = None if how is None else how.columns.group  # type: ignore[union-attr]
         ctx.save_for_backward(
             None if over.dhidden is None else kept.spread(over.dhidden),
-            over.dweight,
-            over.dbias,
+            _padded(over.dweight, weight.shape[0]),
+            _padded(over.dbias, weight.shape[0]),
             None if out.dvalues is None else kept.spread(out.dvalues),
             None if out.dnext_values is None else kept.spread(out.dnext_values),
             kept.unit,
@@ -71,20 +96,21 @@ class LinearAtOnce(torch.autograd.Function):
         one = factor.device.type == "cpu" and factor.item() == 1
         scaled = [x if x is None or one else x.mul_(factor) for x in gradients]
         dhidden, dweight, dbias, dvalues, dnext_values = scaled
+        if dhidden is not None and ctx.group is not None:
+            dist.all_reduce(dhidden, group=ctx.group)
         dweight = None if dweight is None else dweight.to(ctx.dtype)
         dbias = None if dbias is None else dbias.to(ctx.dtype)
-        return dhidden, dweight, dbias, dvalues, dnext_values, *[None] * 6
+        return dhidden, dweight, dbias, dvalues, dnext_values, *[None] * 7
 
 
 class Kept:
     """The rows of a call, flat, with their weights; with ``drop`` those that somebody needs."""
 
-    def __init__(self, layer: Layer, labels: Tensor, call: Call, drop: bool) -> None:
-        hidden, weight = layer.hidden, layer.weight
-        logits = hidden.new_empty(0).expand(*labels.shape, 0)  # their dtype and device
+    def __init__(self, layer: Layer, whole: Rows, call: Call, drop: bool) -> None:
+        hidden = layer.hidden
+        self.shape = whole.labels.shape
+        logits = hidden.new_empty(0).expand(*self.shape, 0)  # their dtype and device
         heads, weighting = in_dtype(call, logits)
-        self.shape = labels.shape
-        whole = aligned(call.sequence, labels, weight.shape[0])
         loss = algebra.weigh(xp, whole.kind, call.terms, weighting)
         self.unit = _unit(loss) if hidden.dtype == torch.float16 else None
         if self.unit is not None:
@@ -111,3 +137,19 @@ def _unit(loss: Objective) -> Tensor:
     if loss.td is not None and loss.td.numel():
         largest = torch.maximum(largest, loss.td.abs().amax())
     return torch.where(largest > 0, largest, 1.0)
+
+
+def _padded(x: Tensor | None, rows: int) -> Tensor | None:
+    """With 0 where the weight has padding."""
+    if x is None or x.shape[0] == rows:
+        return x
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - x.shape[0]))
+
+
+def _refuse_bad_labels(count: Any, labels: Tensor, call: Call) -> None:
+    """Raises on a CPU, where all processes know by now how many columns there are."""
+    if count is None or labels.device.type != "cpu":
+        return
+    rows = algebra.align(xp, labels.long(), int(count), call.sequence)
+    if (rows.labels == BAD_LABEL).any():
+        arguments.refuse_label(rows.labels, labels, int(count), call.sequence)

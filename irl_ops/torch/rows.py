@@ -69,6 +69,25 @@ def own(cut: Cut, whole: Tensor, axis: int) -> Tensor:
     return whole.narrow(axis, sum(sizes[:rank]), sizes[rank])
 
 
+def is_contiguous(cut: Cut) -> bool:
+    """Whether every rank has rows, and the next rank those behind them."""
+    return cut.order is None and all(cut.sizes or (1,))
+
+
+def next_labels(cuts: tuple[Cut, ...], labels: Tensor, ignore_index: int) -> Tensor:
+    """``labels[..., t + 1]`` of all rows here: the last one's is the first of the next rank.
+
+    Behind the last row of the whole is ``ignore_index``. A row may get that of another segment.
+    """
+    behind = torch.full_like(labels[..., :1], ignore_index)
+    for cut in cuts:
+        if cut.axis == -1:
+            first = collectives.from_next(cut.group, labels[..., :1])
+            if dist.get_rank(cut.group) + 1 < dist.get_world_size(cut.group):
+                behind = first
+    return torch.cat([labels[..., 1:], behind], dim=-1)
+
+
 def is_order(order: Tensor) -> Tensor:
     """Whether the indices of all ranks are those from 0 on, each once; 0-d bool."""
     rows = torch.arange(order.shape[-1], device=order.device)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from irl_ops import algebra
-from irl_ops.algebra import BAD_LABEL, Heads, Rows, RowStatistics, Sequence, Terms, Weighting
+from irl_ops.algebra import (
+    BAD_LABEL,
+    NO_LABEL,
+    Heads,
+    Rows,
+    RowStatistics,
+    Sequence,
+    Terms,
+    Weighting,
+)
 from irl_ops.call import Call, StatsCall
 from irl_ops.kernels.reference.measures import RowMeasures
 from irl_ops.options import DEFAULTS, names_in
@@ -23,7 +32,7 @@ from irl_ops.torch import collectives, measures, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.needed import needed
 from irl_ops.torch.parallel import ANY_LABEL, Cut, Shards, whole_rows
-from irl_ops.torch.rows import Gather, is_order, own
+from irl_ops.torch.rows import Gather, is_contiguous, is_order, next_labels, own
 from irl_ops.torch.shards import Reading, refuse_other_options
 from irl_ops.torch.stepwise import in_dtype
 from irl_ops.torch.token_fields import TokenStats, fields
@@ -32,7 +41,7 @@ Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 NUMBERS = ("lam", "gamma", "alpha", "entropy_coef", "z_loss", "num_items")
 APART = (  # what ranks may have different, or have compared elsewhere
     "vocab_group", "vocab_start", "sequence_group", "backend", "inplace", "return_metrics",
-    "chunk_size", "accumulate",
+    "accumulate",
 )  # fmt: skip
 
 
@@ -175,7 +184,9 @@ def _whole(
     """The call, its rows and their statistics, as one device with all rows has them."""
     call = call._replace(heads=_wide(call.heads))
     places, inputs = _row_arrays(call, part.labels)
-    mine, wanted, early = None, None, call.sequence.shift or drop
+    mine, wanted, shift = None, None, call.sequence.shift
+    near = all(is_contiguous(cut) for cut in part.shards.cuts if cut.axis == -1)
+    early = drop or (shift and not near)
     agreed: list[Tensor] = []
     if early:  # a label, or whether somebody needs a row, is known where the next or last row is
         inputs = _gather(part, inputs, own_losses, agreed)
@@ -185,8 +196,10 @@ def _whole(
         wanted = _own(part, needed(kinds.kind)) if drop else None
     else:
         sequence = Sequence(call.sequence.ignore_index, where=call.sequence.where)
-        bound = part.columns or ANY_LABEL
-        mine = algebra.align(xp, part.labels.long(), bound, sequence).labels
+        bound, labels = part.columns or ANY_LABEL, part.labels
+        if shift:  # one label crosses each edge; those of another segment are taken back below
+            labels = next_labels(part.shards.cuts, labels, sequence.ignore_index)
+        mine = algebra.align(xp, labels.long(), bound, sequence).labels
     found, columns, wrong = read(mine, reading, wanted)
     if wrong is not None:
         part = part._replace(word=-part.word)
@@ -204,6 +217,9 @@ def _whole(
     rows: Rows = algebra.align(xp, inputs[0].long(), columns, call.sequence)  # type: ignore[arg-type]
     if wrong is not None:
         raise wrong
+    if shift and not early:
+        scored = rows.labels != NO_LABEL
+        found = found._replace(label_logit=torch.where(scored, found.label_logit, 0.0))
     if row_max.device.type == "cpu" and (rows.labels == BAD_LABEL).any():
         arguments.refuse_label(rows.labels, inputs[0], int(columns), call.sequence)
     return call, rows, found

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.algebra import RowStatistics, no_columns
-from irl_ops.call import read_loss, read_parallel, read_stats
-from irl_ops.torch import linear_ops, ops, sharded, sharded_measures
+from irl_ops.call import Call, Parallel, read_loss, read_parallel, read_stats
+from irl_ops.torch import linear_dtensor, linear_ops, ops, sharded, sharded_measures
 from irl_ops.torch.backends import choose
-from irl_ops.torch.forward import Loss
+from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import Layer, arguments
+from irl_ops.torch.linear_loss import LinearAtOnce
 from irl_ops.torch.parallel import (
     ParallelArguments,
     Shards,
@@ -50,7 +51,8 @@ def loss_of_shards(
 ) -> Loss:
     """As ``irl_ops.torch.sharded_dense.loss_of_shards``."""
     everything = dict(options)
-    layer, shards, local, whole = _read(hidden, weight, labels, options)
+    hidden, weight, labels, is_expert, shards = _located(hidden, weight, labels, options, is_expert)
+    layer, shards, local, whole = _read(hidden, weight, labels, options, shards)
     drop = arguments.drop_rows(layer.hidden, options)
     if everything.get("drop_rows") is None and shards.cuts:
         drop = False  # who needs a row is known after one more collective
@@ -64,8 +66,22 @@ def loss_of_shards(
     )
     entropy = call.terms.entropy_coef is not None
     how = Reading(caller, shards.columns, part.word, entropy, backend, call.readout)
+    if _at_once(layer, call, shards):
+        box: list[Any] = []
+        heads = call.heads
+        inputs = (layer.hidden, layer.weight, layer.bias, heads.values, heads.next_values)
+        found: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, how, box)  # type: ignore[no-untyped-call]
+        return found if box[0] is None else (found, box[0])
     loss: Loss = sharded.loss(call, part, _reader(layer), how, drop)
     return loss
+
+
+def _at_once(layer: Layer, call: Call, shards: Shards) -> bool:
+    """Whether gradients come with the loss, chunk by chunk: the rows are whole sequences."""
+    inputs = (layer.hidden, layer.weight, layer.bias, call.heads.values, call.heads.next_values)
+    trained = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+    plain = is_plain(layer.hidden) and call.weighting.reduction != "none"
+    return trained and plain and shards.columns is not None and not shards.cuts
 
 
 @outside_of_graphs
@@ -74,7 +90,8 @@ def stats_of_shards(
 ) -> TokenStats:
     """As ``irl_ops.torch.sharded_dense.stats_of_shards``."""
     everything = dict(options)
-    layer, shards, local, whole = _read(hidden, weight, labels, options)
+    hidden, weight, labels, _, shards = _located(hidden, weight, labels, options)
+    layer, shards, local, whole = _read(hidden, weight, labels, options, shards)
     call = read_stats(caller, group, local, whole, labels, options)
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
     plain = call.measures.plain
@@ -91,20 +108,27 @@ def stats_of_shards(
     return sharded.token_measures(call, part, sharded_measures.of_layer(call, layer), how)
 
 
-def _read(
-    hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Layer, Shards, ParallelArguments, Whole]:
+def _located(
+    hidden: Any, weight: Any, labels: Any, options: dict[str, Any], is_expert: Any = None
+) -> tuple[Any, Any, Any, Any, Shards | None]:
+    """The arrays that are here, and where those of DTensors are; ``options`` get those here."""
+    if not (is_dtensor(hidden) or is_dtensor(weight)):
+        return hidden, weight, labels, is_expert, None
     parallel = read_parallel(options)
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if is_dtensor(x):
-            raise TypeError(
-                f"{name} is a DTensor; accepted: {name}.to_local(), with vocab_group and "
-                "sequence_group for what other processes hold"
-            )
-    layer = arguments.layer(hidden, weight, options, least=0 if parallel.vocab_group else 1)
+    found = linear_dtensor.local_part(hidden, weight, labels, is_expert, options, parallel)
+    options.update(found.options)
+    return found.hidden, found.weight, found.labels, found.is_expert, found.shards
+
+
+def _read(
+    hidden: Any, weight: Any, labels: Any, options: dict[str, Any], found: Shards | None
+) -> tuple[Layer, Shards, ParallelArguments, Whole]:
+    parallel = Parallel() if found else read_parallel(options)
+    cut = parallel.vocab_group is not None or (found is not None and found.columns is not None)
+    layer = arguments.layer(hidden, weight, options, least=0 if cut else 1)
     local, here = ParallelArguments(0), layer.weight.shape[0]
     local.check_logits(Whole(layer.hidden, here), labels)
-    shards = shards_of(parallel, here, labels)
+    shards = shards_of(parallel, here, labels) if found is None else found
     local.rows, local.columns = whole_rows(shards, labels), here
     return layer, shards, local, Whole(layer.hidden, whole_columns(shards, here))
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BartForCausalLM,
@@ -25,6 +26,7 @@ from irl_ops.integrations.transformers import (
     IQLearnCallback,
     LamScheduleCallback,
     apply_iqlearn,
+    context,
     iqlearn_loss_func,
 )
 from irl_ops.integrations.transformers.model import transformers_model
@@ -248,11 +250,18 @@ def test_data_parallel_and_split_sequences_are_refused(monkeypatch):
     arguments.n_gpu = 1
     arguments.parallelism_config = ParallelismConfig()
     callback.on_train_begin(arguments, None, None, model=model)
-    for name in ("cp_size", "sp_size"):
-        arguments.parallelism_config = ParallelismConfig()
-        setattr(arguments.parallelism_config, name, 2)  # what the constructor takes needs ranks
+    arguments.parallelism_config.sp_size = 2  # what the constructor takes needs ranks
+    callback.on_train_begin(arguments, None, None, model=model)
+    with pytest.raises(ValueError, match="sp_size=2, under which the Trainer calls no"):
+        IQLearnCallback(iqlearn_loss_func()).on_train_begin(arguments, None, None, model=model)
+    for given, name in (((2, 1), "cp_size"), ((1, 2), "sp_size")):
         with pytest.raises(ValueError, match=f"parallelism_config.{name}=2 splits sequences"):
-            callback.on_train_begin(arguments, None, None, model=model)
+            context.refuse("GAILTrainer", given)
+    monkeypatch.setitem(AcceleratorState._shared_state, context.CONFIG, ParallelismConfig())
+    assert context.sizes() == (1, 1)
+    monkeypatch.setattr(AcceleratorState._shared_state[context.CONFIG], "cp_size", 2)
+    assert context.sizes() == (2, 1)
+    assert context.part_of(batch["labels"], training=True) is None  # nothing is cut out there
 
 
 def test_loss_func_refuses_what_it_would_get_wrong():

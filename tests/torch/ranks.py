@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence as ListOf
+from contextlib import nullcontext
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
@@ -101,13 +102,19 @@ def main(address: int, count: int, rank: int) -> None:
 
 
 def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) -> dict[str, Any]:
-    """Results and gradients of one call, and what it sent."""
+    """Results and gradients of one call, what it sent, and how much it multiplied."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     import irl_ops.torch as irl
+
+    products = FlopCounterMode(display=False)
 
     if job["call"] == "exit":
         os._exit(1)
     if job["call"] == "dtensor":
         return dtensor(job, rank)
+    if job["call"] == "linear dtensor":
+        return linear_dtensor(job)
     options = dict(job["options"])
     v, s = job["layout"]
     mine = place(rank, (v, s))
@@ -128,7 +135,7 @@ def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) 
     if "compile" in job:
         torch._dynamo.reset()
         function = torch.compile(function, backend="eager", **job["compile"])
-    with Counted() as sent:
+    with Counted() as sent, products if job.get("products") else nullcontext():
         found = function(*arrays, job["labels"], *job["more"], **options)
         forward = list(sent.messages)
         metrics = None
@@ -149,6 +156,7 @@ def compute(job: dict[str, Any], rank: int, groups: dict[tuple[int, ...], Any]) 
         "gradients": {name: x.grad for name, x in leaves.items()},
         "forward": forward,
         "backward": sent.messages[len(forward) :],
+        "products": products.get_total_flops(),
     }
 
 
@@ -210,6 +218,39 @@ def measures(job: dict[str, Any], logits: Any, labels: Any) -> dict[str, Any]:
     }
 
 
+def linear_dtensor(job: dict[str, Any]) -> dict[str, Any]:
+    """The same of hidden states and a last layer, each distributed or not (None)."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    import irl_ops.torch as irl
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    leaves: dict[str, Any] = {}
+    for name, (x, dims) in job["arrays"].items():
+        leaf = x.clone()
+        if dims is not None:
+            placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+            leaf = distribute_tensor(x, mesh, placements)
+        leaves[name] = leaf.requires_grad_()
+    options = dict(job["options"])
+    if "bias" in leaves:
+        options["bias"] = leaves["bias"]
+    found = getattr(irl, job["function"])(
+        leaves["hidden"], leaves["weight"], job["labels"], **options
+    )
+    loss = found if isinstance(found, Tensor) else found.reward
+    loss.sum().backward()
+    gradients = {
+        name: x.grad if dims is None else x.grad.full_tensor()
+        for (name, x), (_, dims) in zip(leaves.items(), job["arrays"].values(), strict=True)
+    }
+    kept = all(
+        dims is None or leaves[name].grad.placements == leaves[name].placements
+        for name, (_, dims) in job["arrays"].items()
+    )
+    return {"outputs": [loss.detach()], "gradients": gradients, "kept": kept}
+
+
 class Counted:
     """Bytes that this rank hands to each collective."""
 
@@ -222,7 +263,7 @@ class Counted:
         self.kept = {}
         for name in dir(dist):
             if name.startswith(
-                ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv")
+                ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "batch_")
             ):
                 function = getattr(dist, name)
                 if callable(function):
@@ -231,9 +272,14 @@ class Counted:
         return self
 
     def count(self, name: str, function: Any) -> Any:
+        import torch.distributed as dist
+
         def counted(*args: Any, **kwargs: Any) -> Any:
-            message = args[0] if name == "all_reduce" else args[1]
-            self.messages.append((name, message.numel() * message.element_size()))
+            if name == "batch_isend_irecv":
+                sent = [x.tensor for x in args[0] if x.op is dist.isend]
+            else:
+                sent = [args[0] if name == "all_reduce" else args[1]]
+            self.messages.append((name, sum(x.numel() * x.element_size() for x in sent)))
             return function(*args, **kwargs)
 
         return counted

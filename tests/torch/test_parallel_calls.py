@@ -14,7 +14,7 @@ from irl_ops.torch.token_fields import TokenStats
 
 from .. import naive
 from ..cases import EPS, Case
-from .ranks import Ranks
+from .ranks import Ranks, place
 from .split import Split, dense_outcome, even, jobs, linear_jobs, outputs, refuse_errors, same
 
 B, T, V = 2, 8, 24
@@ -55,8 +55,15 @@ def ask(ranks: Ranks, case: Case, split: Split, **more: Any) -> list[dict[str, A
         # 8 of the label, 12 of the statistics; a rank has half of the rows
         (over(sequence=2), {}, [8 + 20 * B * T // 2]),
         (over(sequence=2, order=ORDER), {}, [8 + 20 * B * T // 2 + 8 * T // 2]),
-        (over(sequence=2), {"shift": True}, [8 + 8 * B * T // 2, 8 + 12 * B * T // 2]),
+        (over(sequence=2), {"shift": True}, [8 + 20 * B * T // 2]),
         (over(vocab=2, sequence=2), {}, [24 + 12 * B * T // 2, 8 + 20 * B * T // 2]),
+        (over(vocab=2, sequence=2), {"shift": True}, [24 + 12 * B * T // 2, 8 + 20 * B * T // 2]),
+        # in another order a row's next label may be anywhere
+        (
+            over(sequence=2, order=ORDER),
+            {"shift": True},
+            [8 + 8 * B * T // 2 + 8 * T // 2, 8 + 12 * B * T // 2 + 8 * T // 2],
+        ),
     ],
 )
 def test_bytes_that_a_rank_sends(
@@ -66,9 +73,16 @@ def test_bytes_that_a_rank_sends(
     for _ in range(2):  # the first call of a configuration compares it, once
         answers = ask(ranks, case, split)
     refuse_errors(answers)
-    for answer in answers:
-        assert [size for _, size in answer["forward"]] == forward
+    for rank, answer in enumerate(answers):
+        edges = [size for name, size in answer["forward"] if name == "batch_isend_irecv"]
+        collectives = [size for name, size in answer["forward"] if name != "batch_isend_irecv"]
+        assert collectives == forward
         assert answer["backward"] == []
+        if options.get("shift") and split.sequence and split.order is None:
+            # the first label of each sequence here, to the rank before
+            assert edges == [0 if place(rank, split.layout)[1] == 0 else 8 * B]
+        else:
+            assert edges == []
 
 
 def test_backward_passes_that_meet(ranks: Ranks) -> None:
@@ -81,10 +95,19 @@ def test_backward_passes_that_meet(ranks: Ranks) -> None:
         assert answer["backward"] == [("all_reduce", 8 * B * T)]
     layer = {"hidden": torch.randn(B, T, 6), "weight": torch.randn(V, 6)}
     one = torch.tensor(1.0)
-    for answer in ranks.run(
-        linear_jobs("linear_iqlearn_loss", batch(), over(vocab=2), [one], layer)
-    ):
-        assert answer["backward"] == [("all_reduce", 4 * 6 * B * T)]
+    sent = linear_jobs("linear_iqlearn_loss", batch(), over(vocab=2), [one], layer)
+    for job in sent:
+        job["options"] |= {"chunk_size": 5, "drop_rows": False}  # 4 chunks of 4 rows
+        job["products"] = True
+    ranks.run(sent)
+    for answer in ranks.run(sent):
+        rows = B * T
+        sizes = [size for _, size in answer["forward"]]
+        assert sizes == [8 + 4 * rows, *[24 + 12 * 4] * 4]  # labels' logits, then each chunk's
+        assert answer["backward"] == [("all_reduce", 4 * 6 * rows)]
+        # of half of the columns the logits, once, and hidden's gradient; the counter knows no
+        # addmm_, by which the weight's is added up
+        assert answer["products"] == 2 * 2 * rows * 6 * V // 2
 
 
 @pytest.mark.parametrize("order", [None, ORDER])
@@ -297,6 +320,30 @@ def test_dtensor(ranks: Ranks, placements: tuple[int | None, ...], distributed: 
             torch.testing.assert_close(
                 answer["gradient"].double(), whole.grad, rtol=100 * EPS, atol=100 * EPS
             )
+
+
+def test_linear_dtensors_that_are_refused(ranks: Ranks) -> None:
+    h, w = torch.randn(2, 4, 6), torch.randn(8, 6)
+    job = {
+        "call": "linear dtensor", "function": "linear_token_stats", "options": {},
+        "labels": torch.zeros(2, 4, dtype=torch.long),
+    }  # fmt: skip
+    for hidden, weight, message in (
+        (None, (1, None), "accepted: Shard(0), its columns of logits, and Replicate"),
+        ((2, None), None, "accepted: Replicate, and Shard of an axis of its rows"),
+    ):
+        job["arrays"] = {"hidden": (h, hidden), "weight": (w, weight)}
+        assert message in error_of(ranks.run([job] * 4))
+    job["arrays"] = {"hidden": (h, None), "weight": (w, (None, 0))}
+    job["options"] = {"sequence_order": torch.arange(4)}
+    assert "sequence_order is given with weight that are a DTensor" in error_of(
+        ranks.run([job] * 4)
+    )
+    job["options"] = {}
+    answers = ranks.run([job] * 4)
+    refuse_errors(answers)
+    expected = naive.token_stats((h @ w.T).double(), job["labels"])["reward"]
+    torch.testing.assert_close(answers[1]["outputs"][0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layout_with_the_sequence_first_is_not_copied(ranks: Ranks) -> None:

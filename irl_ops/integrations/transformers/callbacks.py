@@ -46,7 +46,8 @@ class IQLearnCallback(TrainerCallback):
     Raises:
         TypeError: another ``loss_func``.
         ValueError: when training starts, for ``label_smoothing_factor`` other than 0,
-            ``nn.DataParallel``, sequences that are split over ranks, or a model without IQLearn.
+            ``nn.DataParallel``, a ``loss_func`` with ``sp_size`` above 1, or a model without
+            IQLearn.
         RuntimeError: before an update in which IQLearn was not called.
     """
 
@@ -88,12 +89,11 @@ class IQLearnCallback(TrainerCallback):
         if args.n_gpu > 1:
             raise ValueError(DATA_PARALLEL)
         split = getattr(args, "parallelism_config", None)
-        for name in ("cp_size", "sp_size"):
-            if getattr(split, name, 1) > 1:
-                raise ValueError(
-                    f"parallelism_config.{name}={getattr(split, name)} splits sequences over "
-                    "ranks, and the TD term needs the next row; accepted: 1"
-                )
+        if self.loss_func is not None and split is not None and split.sp_size > 1:
+            raise ValueError(
+                f"parallelism_config.sp_size={split.sp_size}, under which the Trainer calls no "
+                "compute_loss_func; accepted: 1, or apply_iqlearn(model, ...)"
+            )
         loss = self._loss(kwargs["model"])
         loss.reset()
         if self.loss_func is not None:

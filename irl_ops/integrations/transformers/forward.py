@@ -14,6 +14,7 @@ from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
 from irl_ops.integrations.batches import check_alignment, segment_ids
+from irl_ops.integrations.transformers import context
 from irl_ops.integrations.transformers.fused import (
     ACCEPTED,
     LinearLogits,
@@ -225,10 +226,17 @@ class IQLearnForward:
     def _shifted(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
         """A decoder: it calls ``model.loss_function``, and adds a router's loss to that."""
         loss = self.loss
+        part = context.part_of(inputs["labels"], self.model.training)
+        if part is not None:
+            batch = {name: part.local(x) for name, x in batch.items()}
+            batch["part"] = part
         if "segment_ids" not in batch:
-            batch["segment_ids"] = segment_ids(inputs)
+            batch["segment_ids"] = (
+                segment_ids(inputs) if part is None else context.segment_ids(inputs, part)
+            )
         ids = inputs.get("input_ids")
-        if not loss.aligned and isinstance(ids, Tensor) and inputs.get("shift_labels") is None:
+        told = part is not None or inputs.get("shift_labels") is not None
+        if not (loss.aligned or told) and isinstance(ids, Tensor):
             check_alignment(
                 ids,
                 inputs["labels"].to(ids.device),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from irl_ops.integrations.options import try_options
+from irl_ops.integrations.transformers.context import Part, part_of, refuse, share_of, sizes
 from irl_ops.integrations.transformers.fused import LinearLogits
 from irl_ops.torch import iqlearn_loss
 
@@ -110,19 +111,29 @@ class Loss:
     def compute(
         self, logits: Tensor | LinearLogits, labels: Tensor, num_items: Any, **batch: Any
     ) -> Tensor:
-        """The loss of a batch; ``batch`` holds its ``shift`` and what ``BATCH_OPTIONS`` names."""
+        """The loss of a batch; ``batch`` holds its ``shift`` and what ``BATCH_OPTIONS`` names.
+
+        With a ``part`` of ``irl_ops.integrations.transformers.context`` it is what this rank
+        returns of the loss of the whole.
+        """
+        part: Part | None = batch.pop("part", None)
+        if part is None and part_of(labels, torch.is_grad_enabled()) is not None:
+            refuse("a loss that is told nothing of it", sizes())
         if isinstance(num_items, Tensor):
             # The Trainer repeats the number, [n_gpu, 1], for the GPUs of an nn.DataParallel.
             if num_items.ndim > 1 and torch.accelerator.device_count() > 1:
                 raise ValueError(DATA_PARALLEL)
             num_items = num_items.to(logits.device).flatten()[0]
         labels = labels.to(logits.device)  # a model spread over devices has its head elsewhere
-        if self._masked_ends and not torch.compiler.is_compiling():
+        whole = part is None  # a part of a sequence may well hold no end
+        if self._masked_ends and whole and not torch.compiler.is_compiling():
             self._warn_of_masked_ends(labels)
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = value.to(logits.device)
         batch |= self.options | {"num_items": num_items}
+        if part is not None:
+            batch |= part.options
         coef = batch.get("entropy_coef", 0.0)
         no_term = not isinstance(coef, Tensor) and coef == 0
         if self.observe is not None and no_term:
@@ -137,10 +148,12 @@ class Loss:
         if num_items is not None:
             tokens = metrics["tokens"]
             self.share = torch.where(tokens > 0, tokens / num_items, 0.0)
+            if part is not None:
+                self.share = self.share / part.ranks
         if self.observe is not None:
             self.observe(metrics)
         self._record({k: v for k, v in metrics.items() if not (no_term and k == "entropy")})
-        return loss
+        return loss if part is None else share_of(loss, part, summed=num_items is not None)
 
     def _record(self, metrics: dict[str, Tensor]) -> None:
         tokens = metrics.pop("tokens")
@@ -227,4 +240,5 @@ class OutputsLoss(Loss):
                     f"outputs.{key}: a router's loss would be dropped; accepted: "
                     "apply_iqlearn(model, ...), which keeps it, or output_router_logits=False"
                 )
-        return self.compute(logits, labels, num_items_in_batch, shift=self.shift)
+        part = part_of(labels, training=logits.requires_grad)
+        return self.compute(logits, labels, num_items_in_batch, part=part, shift=self.shift)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from irl_ops.integrations.transformers import context
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, prompt_of
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss
 from irl_ops.integrations.transformers.sampling import (
@@ -65,6 +66,7 @@ class SampledTrainer(Trainer):
                 "and None"
             )
         super().__init__(model, args, **kwargs)
+        context.refuse(type(self).__name__, context.sizes())
         if args.n_gpu > 1:
             raise ValueError(DATA_PARALLEL)
         if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from irl_ops.integrations.transformers import IQLearnCallback
+from irl_ops.integrations.transformers import IQLearnCallback, context
 from irl_ops.integrations.transformers.forward import ModelLoss
 from irl_ops.integrations.transformers.fused import fits
 from irl_ops.integrations.transformers.model import applied_loss, transformers_model
@@ -44,8 +44,9 @@ class IQLearnMixin:
     Raises:
         TypeError: when subclassed behind a class that computes the loss.
         ValueError: when made, for a model without ``apply_iqlearn``, a ``loss_type`` other than
-            "nll", a ``compute_loss_func``, or label smoothing; at the first step, for padding on
-            the left that would be trained, and for labels that are shifted already.
+            "nll", a ``compute_loss_func``, label smoothing, or sequences that are spread over
+            ranks; at the first step, for padding on the left that would be trained, and for labels
+            that are shifted already.
         NotImplementedError: when made, for data with images.
     """
 
@@ -67,6 +68,7 @@ class IQLearnMixin:
             )
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         trainer: Any = self
+        context.refuse(type(self).__name__, context.sizes())
         if trainer.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={trainer.args.loss_type!r} would be ignored; accepted: 'nll', in whose "
