@@ -4,9 +4,9 @@
     python -P tests/mutants.py -k triton    # those whose description holds a word
     python -P tests/mutants.py --list
 
-The breaks are made in a copy of the checkout; of the C++ code only the objects that the broken file
-is a part of are built again. Fails if a break survives, if its text is no longer found once, or if
-what it makes does not compile.
+The breaks are made in a copy of the checkout; of the C++ code, which is not optimized there, only
+the objects that the broken file is a part of are built again. Fails if a break survives, if its
+text is no longer found once, or if what it makes does not compile.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Extension:
         sources, flags = shown.stdout.split("\n--\n")
         self.sources = [line for line in sources.split("\n") if line.endswith(".cpp")]
         include = sysconfig.get_paths()["include"]
-        self.flags = ["-fPIC", "-std=c++17", f"-I{include}", *filter(None, flags.split("\n"))]
+        given = ["-O0" if flag == "-O3" else flag for flag in flags.split("\n")]
+        self.flags = ["-fPIC", "-std=c++17", f"-I{include}", *filter(None, given)]
         self.compiler = shlex.split(os.environ.get("CXX", "c++"))
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self.target = root / "irl_ops" / f"_native{suffix}"
@@ -168,6 +169,7 @@ def run_tests(root: Path, tests: list[str], log: Path) -> int:
                 os.dup2(out.fileno(), 2)
                 os.chdir(root)
                 sys.path.insert(0, str(root))
+                os.environ["PYTHONPATH"] = str(root)  # of processes that tests start
                 sys.dont_write_bytecode = True
                 import pytest
 
