@@ -132,7 +132,10 @@ def row_measures(
         rows() if mean else None,
         rows() if mean else None,
     )
-    tiles = dispatch.row_stats(logits.shape[-1], _family(logits.device))
+    extras = set(wanted) - {"entropy"}
+    tiles = dispatch.row_measures(
+        logits.shape[-1], _family(logits.device), bool(extras), bool(seen.flags["SOFTCAP"])
+    )
     with current(logits.device):
         for q, *others in planes((logits, *seen.mask), ids.contiguous(), *seen.vectors, *found):
             mask, (y, scale, above, *out) = seen.split(others)

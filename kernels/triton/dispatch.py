@@ -123,6 +123,8 @@ TWO_PASS = {NVIDIA: Tiles(2, 8192, 32), AMD: Tiles(2, 8192, 16), OTHER: Tiles(2,
 SHORT = 4096
 STATS_SHORT = {NVIDIA: Tiles(2, 1024, 4, 4), AMD: Tiles(2, 1024, 2, 4), OTHER: Tiles(2, 1024, 4)}
 STATS_LONG = {NVIDIA: Tiles(4, 2048, 8, 2), AMD: Tiles(4, 2048, 4, 2), OTHER: Tiles(2, 2048, 8)}
+# Of a row's extras and a soft cap at once, for which half as many columns leave two blocks room.
+STATS_FULL = {NVIDIA: Tiles(2, 2048, 8, 2), AMD: Tiles(2, 2048, 4, 2), OTHER: Tiles(2, 2048, 8)}
 
 ROW_GRAD = {NVIDIA: Block(4096, 8, 4), AMD: Block(4096, 4, 4), OTHER: Block(4096, 8)}
 LABELS = Block(128, 4)  # here rows, one a thread
@@ -166,6 +168,13 @@ def resident(entropy: bool, softcap: bool = False) -> dict[str, tuple[Fits, ...]
 def row_stats(vocab: int, of: str) -> Tiles:
     """Tiles no larger than the row needs."""
     return (STATS_SHORT if vocab <= SHORT else STATS_LONG)[_plain(of)]
+
+
+def row_measures(vocab: int, of: str, extras: bool, softcap: bool) -> Tiles:
+    """As ``row_stats``; ``extras`` are measures beyond the entropy."""
+    if extras and softcap and vocab > SHORT:
+        return STATS_FULL[_plain(of)]
+    return row_stats(vocab, of)
 
 
 def row_grad(of: str) -> Block:
