@@ -183,8 +183,6 @@ def run(job: Job) -> Result:
     if code.exponentials > spare * promise.exponentials + (6 if job.softcap else 4):
         problems.append(f"{code.exponentials} exponentials for {promise.exponentials}")
     wanted = max(1, form.blocks * 2 // DTYPES[job.dtype])
-    if job.kernel == "row_measures_grad" and job.extras:
-        wanted = max(1, wanted // 2)  # where every byte of a mask has an address
     if blocks < wanted:
         problems.append(f"{blocks} blocks for {wanted}")
     if code.shared_bytes > SHARED[job.target]:
@@ -204,8 +202,8 @@ def launched(job: Job) -> tuple[str, Any]:
         return "row_stats", dispatch.row_stats(job.vocab, of)
     if job.kernel in MEASURES:
         if job.kernel == "row_measures_grad":
-            return "measures", dispatch.row_grad(of)
-        return "measures", dispatch.row_measures(job.vocab, of, job.extras, job.softcap)
+            return "measures", dispatch.row_measures_grad(of)
+        return "measures", dispatch.row_measures(job.vocab, of, job.extras)
     if job.kernel in ("row_grad", "scale"):
         return job.kernel, dispatch.row_grad(of)
     return "labels", dispatch.LABELS
