@@ -52,7 +52,15 @@ SHARED = {  # bytes that one block may have, as the vendors' tables say
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 VOCABS = (50257, 128256, 151936, 256000)  # of real models, beside the limits in the tables
 LONG = 16384  # columns from which on registers and shared memory become short
+MEASURES = ("row_measures", "row_measures_grad")
+# What is left out of them where it is not asked for: by the flag, or with extras alone.
+OPTIONAL = {
+    "entropy": "ENTROPY", "b": "B", "log_sum_sq": "SQUARES", "top1": "TOP", "mean_logit": "MEAN",
+    "kept": "MEAN", "d": "D", "e": "E", "row_scale": "SCALED", "keep_mask": "MASK",
+    "keep_above": "ABOVE",
+}  # fmt: skip
 SCALARS = 12  # more than the narrow accesses of any kernel: coefficients, statistics, edges
+IDS = 24  # beyond these, of a loop over a row's ids, which compilers unroll
 RESULTS = Path(__file__).parent / "results" / "aot-gpu.json"
 BUILD = Path(__file__).resolve().parents[1] / "build"
 
@@ -68,6 +76,7 @@ class Job(NamedTuple):
     edges: bool = False  # V or a stride is no multiple of 16 bytes
     matched: bool = True  # rows of the gradient lie relative to 16 bytes as those of the logits do
     softcap: bool = False
+    extras: bool = False  # every measure, of rows seen through a scale, a mask and a threshold
 
 
 class Promise(NamedTuple):
@@ -77,6 +86,7 @@ class Promise(NamedTuple):
     stores: int
     exponentials: int
     an_element: float  # exponentials that are executed
+    bytes: int = 0  # loads of a mask, whose rows are not aligned
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,26 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str]) -> Iterator[Job]:
         yield Job("row_grad", target, dtype, VOCABS[0], edges=True, matched=False)
         for kernel in ("label_logit", "set_label", "row_stats", "row_grad"):
             yield Job(kernel, target, dtype, VOCABS[0], edges=True, softcap=True)
+        yield from measures(target, dtype)
         for entropy, matched in itertools.product((False, True), repeat=2):
             for vocab in vocabs(target, dtype, entropy, matched, softcap=matched):
                 if vocab >= LONG:
                     yield Job(
                         "row_stats_grad", target, dtype, vocab, entropy, True, matched, matched
                     )
+
+
+def measures(target: str, dtype: str) -> Iterator[Job]:
+    """The row measures with nothing asked for, with what PPO asks for, and with everything."""
+    vocab = VOCABS[0]
+    for kernel in MEASURES:
+        yield Job(kernel, target, dtype, vocab)
+        yield Job(kernel, target, dtype, vocab, entropy=True, edges=True)
+        yield Job(kernel, target, dtype, vocab, entropy=True, extras=True)
+        yield Job(kernel, target, dtype, vocab, entropy=True, edges=True, extras=True)
+        yield Job(kernel, target, dtype, vocab, True, True, softcap=True, extras=True)
+    yield Job(MEASURES[0], target, dtype, dispatch.SHORT, True, True, softcap=True, extras=True)
+    yield Job(MEASURES[1], target, dtype, vocab, True, True, matched=False, extras=True)
 
 
 def vocabs(
@@ -148,9 +172,10 @@ def run(job: Job) -> Result:
     problems = []
     if code.spilled_bytes:
         problems.append(f"{code.spilled_bytes} bytes spilled")
-    if code.wide_loads < promise.loads or code.narrow_loads > SCALARS:
+    scalars = SCALARS + (IDS if job.kernel in MEASURES else 0)
+    if code.wide_loads < promise.loads or code.narrow_loads > scalars + promise.bytes:
         problems.append("narrow loads")
-    if job.matched and (code.wide_stores < promise.stores or code.narrow_stores > SCALARS):
+    if job.matched and (code.wide_stores < promise.stores or code.narrow_stores > scalars):
         problems.append("narrow stores")
     # edges take up to two more, twice; with entropy compilers repeat a few rather than keep them,
     # and where a store has to be rearranged some repeat them all
@@ -175,6 +200,10 @@ def launched(job: Job) -> tuple[str, Any]:
         return ("resident" if isinstance(form, dispatch.Resident) else "two_pass"), form
     if job.kernel == "row_stats":
         return "row_stats", dispatch.row_stats(job.vocab, of)
+    if job.kernel in MEASURES:
+        if job.kernel == "row_measures_grad":
+            return "measures", dispatch.row_measures_grad(of)
+        return "measures", dispatch.row_measures(job.vocab, of, job.extras)
     if job.kernel in ("row_grad", "scale"):
         return job.kernel, dispatch.row_grad(of)
     return "labels", dispatch.LABELS
@@ -190,11 +219,13 @@ def promised(job: Job, name: str, form: Any, threads: int) -> Promise:
     else:
         columns = form.r * form.lanes if isinstance(form, dispatch.Tiles) else form.columns
         share, exponentials = columns // threads, int(name != "scale") + job.softcap
-    groups = share * DTYPES[job.dtype] // 16
+    groups, mask = share * DTYPES[job.dtype] // 16, share if job.extras else 0
     if not isinstance(form, dispatch.Tiles):
-        return Promise(groups, groups, exponentials * share, exponentials)
+        return Promise(groups, groups, exponentials * share, exponentials, mask)
     lanes = share // form.r
     each = 1 + job.softcap
+    if name == "measures":  # its loop alone
+        return Promise(groups, 0, each * share + 2 * lanes, each + 1 / form.r, mask)
     scan = 2 * (each * share + lanes) + lanes
     if name == "row_stats":
         return Promise(2 * groups, 0, scan, each + 1 / form.r)
@@ -214,7 +245,13 @@ def compiled(job: Job, name: str, form: Any) -> Any:
     given |= {"SCALE": 1.0, "SOFTCAP": 30.0 if job.softcap else 0.0}
     if not job.softcap and job.kernel == "set_label":
         given["label_logit"] = None
-    if not job.entropy:
+    if job.kernel in MEASURES:
+        asked = {
+            flag: job.extras or (job.entropy and flag in ("ENTROPY", "B"))
+            for flag in OPTIONAL.values()
+        }
+        given |= asked | {name: None for name, flag in OPTIONAL.items() if not asked[flag]}
+    elif not job.entropy:
         given |= {"entropy": None, "entropy_weight": None}
     constants = {n: given[n] for n in kernel.arg_names if n in given}
     options = {n: x for n, x in form.launch.items() if n not in constants}
@@ -222,7 +259,9 @@ def compiled(job: Job, name: str, form: Any) -> Any:
     aligned = [
         n
         for n in kernel.arg_names
-        if types[n].startswith("*") and not (job.edges and n in ("logits", "dlogits"))
+        if types[n].startswith("*")
+        and n != "keep_mask"
+        and not (job.edges and n in ("logits", "dlogits"))
     ]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
@@ -234,9 +273,11 @@ def type_of(name: str, job: Job) -> str:
     """The type of an argument in Triton's words."""
     if name in ("logits", "dlogits"):
         return f"*{job.dtype}"
-    if name in ("rows", "n_cols", "inner") or name.endswith(("_outer", "_inner")):
+    if name in ("rows", "n_cols", "inner", "ids_per_row") or name.endswith(("_outer", "_inner")):
         return "i32"
-    return "*i64" if name == "labels" else "*fp32"
+    if name == "keep_mask":
+        return "*u8"
+    return "*i64" if name in ("labels", "ids", "top1") else "*fp32"
 
 
 def as_text(form: Any) -> str:
@@ -252,8 +293,8 @@ def as_table(results: Sequence[Result], title: str) -> Table:
     """What the command prints."""
     table = Table(title=title)
     for heading in (
-        "kernel", "target", "dtype", "V", "entropy", "softcap", "edges", "form", "registers",
-        "spilled", "shared", "loads 128+", "stores 128+", "exp/element", "blocks", "",
+        "kernel", "target", "dtype", "V", "entropy", "extras", "softcap", "edges", "form",
+        "registers", "spilled", "shared", "loads 128+", "stores 128+", "exp/element", "blocks", "",
     ):  # fmt: skip
         table.add_column(heading)
     for result in results:
@@ -265,6 +306,7 @@ def as_table(results: Sequence[Result], title: str) -> Table:
             job.dtype,
             str(job.vocab),
             "yes" if job.entropy else "",
+            "yes" if job.extras else "",
             "yes" if job.softcap else "",
             "yes" if job.edges else "",
             result.form,
@@ -281,13 +323,20 @@ def as_table(results: Sequence[Result], title: str) -> Table:
 
 
 def save(results: Sequence[Result], version: str) -> None:
-    """Beside the results of other versions of Triton, one line a kernel."""
+    """Beside the results of other versions of Triton and of other kernels, one line a kernel."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     columns = [*Job._fields, "form", *vars(results[0].code), "exp/element", "blocks", "problems"]
-    kept[version] = [columns]
+    here = {result.job[:3] for result in results}
+    header, *before = kept.get(version, [columns])
+    unsaid = dict(zip(Job._fields, Job("", "", "", 0), strict=True))  # before there was a column
+    named = [unsaid | dict(zip(header, row, strict=True)) for row in before]
+    lines = [
+        [row[c] for c in columns] for row in named if tuple(row[c] for c in columns[:3]) not in here
+    ]
     for r in results:
         code = vars(r.code).values()
-        kept[version].append([*r.job, r.form, *code, r.promise.an_element, r.blocks, r.problems])
+        lines.append([*r.job, r.form, *code, r.promise.an_element, r.blocks, r.problems])
+    kept[version] = [columns, *lines]
     versions = (
         f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in kept.items()
     )
@@ -314,6 +363,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--kernels", nargs="+", help="names; all others keep what was saved")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--versions", nargs="+", default=VERSIONS, help="releases of Triton")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
@@ -324,7 +374,10 @@ def main() -> int:
     if list(chosen.versions) != [triton.__version__]:
         return max([with_release(version) for version in chosen.versions])
     with ProcessPoolExecutor(chosen.processes) as pool:
-        results = list(pool.map(run, jobs(chosen.targets, chosen.dtypes)))
+        wanted = jobs(chosen.targets, chosen.dtypes)
+        if chosen.kernels:
+            wanted = (job for job in wanted if job.kernel in chosen.kernels)
+        results = list(pool.map(run, wanted))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(as_table(results, f"Compiled by Triton {triton.__version__}, not run"))
     if chosen.save:

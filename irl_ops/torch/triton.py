@@ -132,7 +132,8 @@ def row_measures(
         rows() if mean else None,
         rows() if mean else None,
     )
-    tiles = dispatch.row_stats(logits.shape[-1], _family(logits.device))
+    extras = bool(set(wanted) - {"entropy"})
+    tiles = dispatch.row_measures(logits.shape[-1], _family(logits.device), extras)
     with current(logits.device):
         for q, *others in planes((logits, *seen.mask), ids.contiguous(), *seen.vectors, *found):
             mask, (y, scale, above, *out) = seen.split(others)
@@ -158,7 +159,7 @@ def row_measures_grad(
     """Writes the gradient into ``dlogits``, which may be logits."""
     seen = View(**view)
     given = (None if x is None else x.contiguous() for x in (ids, row_max, logsum, *slopes))
-    block = dispatch.row_grad(_family(logits.device))
+    block = dispatch.row_measures_grad(_family(logits.device))
     with current(logits.device):
         for q, d, *others in planes((logits, dlogits, *seen.mask), *given, *seen.vectors):
             mask, vectors = seen.split(others)

@@ -123,8 +123,12 @@ TWO_PASS = {NVIDIA: Tiles(2, 8192, 32), AMD: Tiles(2, 8192, 16), OTHER: Tiles(2,
 SHORT = 4096
 STATS_SHORT = {NVIDIA: Tiles(2, 1024, 4, 4), AMD: Tiles(2, 1024, 2, 4), OTHER: Tiles(2, 1024, 4)}
 STATS_LONG = {NVIDIA: Tiles(4, 2048, 8, 2), AMD: Tiles(4, 2048, 4, 2), OTHER: Tiles(2, 2048, 8)}
+# With measures beyond the entropy each lane keeps twice as many numbers.
+STATS_FULL = {NVIDIA: Tiles(2, 1024, 4, 3), AMD: Tiles(2, 1024, 2, 3), OTHER: Tiles(2, 1024, 4)}
 
 ROW_GRAD = {NVIDIA: Block(4096, 8, 4), AMD: Block(4096, 4, 4), OTHER: Block(4096, 8)}
+# Of a row that is seen through a mask all addresses are in registers, of 8 columns a thread.
+MEASURES_GRAD = {NVIDIA: Block(2048, 8, 3), AMD: Block(2048, 4, 3), OTHER: Block(2048, 8)}
 LABELS = Block(128, 4)  # here rows, one a thread
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to cost nothing where the factor is 1
 
@@ -168,9 +172,19 @@ def row_stats(vocab: int, of: str) -> Tiles:
     return (STATS_SHORT if vocab <= SHORT else STATS_LONG)[_plain(of)]
 
 
+def row_measures(vocab: int, of: str, extras: bool) -> Tiles:
+    """As ``row_stats``; ``extras`` are measures beyond the entropy."""
+    return STATS_FULL[_plain(of)] if extras else row_stats(vocab, of)
+
+
 def row_grad(of: str) -> Block:
     """One block size for all rows; ``scale`` takes it as well."""
     return ROW_GRAD[_plain(of)]
+
+
+def row_measures_grad(of: str) -> Block:
+    """One block size for all rows."""
+    return MEASURES_GRAD[_plain(of)]
 
 
 def cut(vocab: int, most: int) -> tuple[int, int]:

@@ -175,12 +175,11 @@ def row_measures(
 
 
 @triton.jit
-def _element(
-    z, q, at_ids, origin, log_total, a, b, d, e, scale, live,
-    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALED: tl.constexpr,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+def _by_z(
+    z, origin, log_total, a, b, d, e, live,
+    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by x; 0 where z = -inf."""
+    """The gradient by z, without what the ids add."""
     log_p = (z - origin) - log_total
     p = exp(log_p)
     inner = a
@@ -191,7 +190,14 @@ def _element(
     g = p * inner
     if E:
         g += e
-    g = tl.where(live, g, 0.0) + at_ids
+    return tl.where(live, g, 0.0)
+
+
+@triton.jit
+def _by_x(
+    g, z, q, scale, SCALED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """The gradient by x of one by z; 0 where z = -inf."""
     if SCALED:
         g = tl.where(g == 0.0, 0.0, g * scale)
     return through_cap(tl.where(z == -INF, 0.0, g * SCALE), q, SOFTCAP)
@@ -243,21 +249,19 @@ def row_measures_grad(
         mask_row += (row - outer * inner).to(tl.int64) * m_inner
 
     begin = tl.program_id(1) * BLOCK
-    column = begin + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    column = begin + lane
     inside = column < whole_groups
     x = tl.load(middle + column, inside, -INF, eviction_policy="evict_first")
     q = capped(x, SCALE, SOFTCAP)
     z = seen(q, mask_row, skip + column, inside, above, scale, MASK, ABOVE, SCALED)
-    at_ids = tl.zeros((BLOCK,), tl.float32)
+    g = _by_z(z, origin, log_total, a_row, b_row, d_row, e_row, live, B, D, E)
     for k in tl.range(0, ids_per_row):
         at = row.to(tl.int64) * ids_per_row + k
-        label = tl.load(ids + at)
-        if (label >= begin + skip) & (label < begin + skip + BLOCK):
-            at_ids += tl.where(column + skip == label, tl.load(c + at), 0.0)
-    g = _element(
-        z, q, at_ids, origin, log_total, a_row, b_row, d_row, e_row, scale, live,
-        B, D, E, SCALED, SCALE, SOFTCAP,
-    )  # fmt: skip
+        place = tl.load(ids + at) - skip - begin
+        if (place >= 0) & (place < BLOCK):  # few are; and 32 bits hold those that are
+            g += tl.where(lane == place.to(tl.int32), tl.load(c + at), 0.0)
+    g = _by_x(g, z, q, scale, SCALED, SCALE, SOFTCAP)
     tl.store(out + column, g.to(dlogits.dtype.element_ty), inside, eviction_policy="evict_first")
     if EDGES:
         if tl.program_id(1) == 0:
@@ -265,14 +269,10 @@ def row_measures_grad(
             x_edge = tl.load(source + edge, at_edge, -INF)
             q_edge = capped(x_edge, SCALE, SOFTCAP)
             z_edge = seen(q_edge, mask_row, edge, at_edge, above, scale, MASK, ABOVE, SCALED)
-            at_ids_edge = tl.where(at_edge, 0.0, 0.0)
+            g_edge = _by_z(z_edge, origin, log_total, a_row, b_row, d_row, e_row, live, B, D, E)
             for i in tl.range(0, ids_per_row):
                 at_edge_id = row.to(tl.int64) * ids_per_row + i
-                at_ids_edge += tl.where(
-                    edge == tl.load(ids + at_edge_id), tl.load(c + at_edge_id), 0.0
-                )
-            g_edge = _element(
-                z_edge, q_edge, at_ids_edge, origin, log_total, a_row, b_row, d_row, e_row, scale,
-                live, B, D, E, SCALED, SCALE, SOFTCAP,
-            )  # fmt: skip
+                hit = edge == tl.load(ids + at_edge_id)
+                g_edge += tl.where(hit, tl.load(c + at_edge_id), 0.0)
+            g_edge = _by_x(g_edge, z_edge, q_edge, scale, SCALED, SCALE, SOFTCAP)
             tl.store(target + edge, g_edge.to(dlogits.dtype.element_ty), at_edge)

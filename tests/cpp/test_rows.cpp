@@ -11,20 +11,19 @@
 #include <utility>
 #include <vector>
 
-#include "element.h"
+#include "checks.h"
 #include "pool.h"
-#include "rows.h"
 #include "threads.h"
-
-namespace {
 
 int failures = 0;
 
-void expect(bool holds, const char* what, const char* isa, double x) {
+void expect(bool holds, const char* what, const char* where, double x) {
   if (holds) return;
-  std::printf("FAILED %s: %s at %g\n", isa, what, x);
+  std::printf("FAILED %s: %s at %g\n", where, what, x);
   ++failures;
 }
+
+namespace {
 
 float float_of(std::uint32_t bits) {
   float x;
@@ -74,19 +73,6 @@ void check_exp(const irl::Isa& isa) {
     expect(same, "exp of a special value", isa.name, special[i]);
   }
 }
-
-// A heap block that ends where its last row ends.
-struct Block {
-  std::vector<char> bytes;
-  irl::Layout layout;
-  std::int64_t start, size;
-
-  Block(irl::Dtype dtype, std::int64_t vocab, std::int64_t start, std::int64_t gap)
-      : layout{{2, 3}, {3 * (vocab + gap), vocab + gap}}, start(start), size(irl::size_of(dtype)) {
-    bytes.resize(static_cast<std::size_t>((start + 5 * (vocab + gap) + vocab) * size));
-  }
-  char* data() { return bytes.data() + start * size; }
-};
 
 void check_bounds(const irl::Isa& isa, irl::Dtype dtype, std::int64_t vocab, std::int64_t start,
                   std::int64_t gap) {
@@ -231,6 +217,7 @@ int main() {
     for (const auto dtype : {irl::Dtype::float32, irl::Dtype::bfloat16, irl::Dtype::float16})
       for (const std::int64_t vocab : {1, 2, 15, 16, 17, 33, 63, 64, 65, 127, 2047, 2048, 4129})
         for (const std::int64_t start : {0, 1, 31}) check_bounds(*isa, dtype, vocab, start, 3);
+    check_measures(*isa);
   }
   // Enough rows for every thread to have some.
   const std::int64_t vocab = 5000;

@@ -195,6 +195,7 @@ class MeasuresKernels:
 
     measure_vocabs: ClassVar[Sequence[int]] = (1, 2, 17, 331)
     measure_views: ClassVar[Sequence[bool]] = (False, True)
+    moving_vocab: ClassVar[int] = 331
     measure_readouts: ClassVar[Sequence[Readout]] = (PLAIN, Readout(0.5, 8.0), Readout(1.5))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -220,6 +221,16 @@ class MeasuresKernels:
                 view = view_for(seed, q.values, readout) if with_view else View()
                 ids = ids_for(seed, (2, 3), vocab, measuring.label_dtypes[0])
                 check_measures(measuring, q, y, ids, view, readout, seed)
+
+    def test_measures_while_the_maximum_moves(self, measuring: Backend, dtype: str) -> None:
+        """Sums that were taken about another maximum, and in several parts of a row."""
+        vocab = self.moving_vocab
+        q, y = (Placed(dtype, (3,), vocab, start=1) for _ in range(2))
+        rise = 8 * np.linspace(0, 1, vocab)
+        x = logits_for(0, (3,), vocab, 0.5)
+        q.holding(x + np.stack([rise, -rise, rise // 2.5 * 2.5]))
+        ids = ids_for(0, (3,), vocab, measuring.label_dtypes[0])
+        check_measures(measuring, q, y, ids, View(), PLAIN, 0)
 
     def test_measures_in_place_and_of_silent_rows(self, measuring: Backend, dtype: str) -> None:
         """A gradient over its logits; and rows of NaN whose coefficients are 0."""

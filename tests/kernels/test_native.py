@@ -144,6 +144,7 @@ ISAS = {isa: Native(isa) for isa in _native.isas()}
 class TestNative(MeasuresKernels, ReadoutKernels):
     forms = ISAS
     measure_vocabs = (1, 2, 17, 64, 331, 4129)
+    moving_vocab = 5000
     # Below, at and above one vector and one unrolled step; above one block of the kernels (2048).
     cases = cases(1, 2, 17, 63, 64, 65, 1000, 2049, 50257, 151936)
     wide = 4129

@@ -54,7 +54,9 @@ def formed(form: str, block: int = 128) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "row_stats_grad", lambda vocab, *_, **__: FORMS[form](vocab))
         patch.setattr(dispatch, "row_stats", lambda vocab, _: FORMS["two passes"](vocab))
-        patch.setattr(dispatch, "row_grad", lambda _: dispatch.Block(block, 4))
+        patch.setattr(dispatch, "row_measures", lambda vocab, *_: FORMS["two passes"](vocab))
+        for name in ("row_grad", "row_measures_grad"):
+            patch.setattr(dispatch, name, lambda _: dispatch.Block(block, 4))
         yield
 
 

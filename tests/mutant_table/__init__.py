@@ -4,9 +4,16 @@ A text is looked for in all files of its room, and has to be there once: code ma
 file without a change here.
 """
 
-from . import array, bindings, cpp, triton
+from . import array, bindings, cpp, measures, sharded, triton
 from .mutant import Mutant
 
-MUTANTS = [*array.MUTANTS, *cpp.MUTANTS, *triton.MUTANTS, *bindings.MUTANTS]
+MUTANTS = [
+    *array.MUTANTS,
+    *cpp.MUTANTS,
+    *triton.MUTANTS,
+    *bindings.MUTANTS,
+    *measures.MUTANTS,
+    *sharded.MUTANTS,
+]
 
 __all__ = ["MUTANTS", "Mutant"]

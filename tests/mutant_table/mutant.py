@@ -10,6 +10,11 @@ BINDINGS = ("bindings/*.cpp", "bindings/*.h", "irl_ops/torch/native*.py")
 LAUNCHES = ("irl_ops/torch/triton*.py",)
 CHUNKS = ("irl_ops/torch/chunks.py", "irl_ops/torch/linear_loss.py", "irl_ops/torch/needed.py")
 REFERENCE = ("kernels/reference/*.py",)
+KERNELS = ("kernels/cpu/*.cpp", "kernels/cpu/*.h")
+TRITON_KERNELS = ("kernels/triton/*.py",)
+MEASURES = ("irl_ops/torch/measures.py", "irl_ops/torch/linear_measures.py")
+TORCH_SHARDS = ("irl_ops/torch/sharded*.py", "irl_ops/torch/rows.py", "irl_ops/torch/shards.py")
+JAX_SHARDS = ("irl_ops/jax/shards.py", "irl_ops/jax/linear_sharded.py")
 
 
 class Mutant(NamedTuple):

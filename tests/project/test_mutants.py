@@ -6,7 +6,8 @@ from ..mutant_table import MUTANTS, Mutant
 from ..mutants import ROOT, place
 from ..named_cases import CASES
 
-FORMS = ("algebra", "C++", "Triton", "bindings")
+FORMS = ("algebra", "C++", "Triton", "bindings")  # of the losses
+OTHERS = ("measures in C++", "measures in Triton", "ranks", "devices", "token losses")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
@@ -32,3 +33,5 @@ def test_breaks_are_many_and_named_apart() -> None:
     assert len({mutant.what for mutant in MUTANTS}) == len(MUTANTS) >= 40
     for form in FORMS:
         assert sum(mutant.what.startswith(f"{form}: ") for mutant in MUTANTS) >= 10, form
+    for form in OTHERS:
+        assert sum(mutant.what.startswith(f"{form}: ") for mutant in MUTANTS) >= 5, form
