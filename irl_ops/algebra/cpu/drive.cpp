@@ -69,14 +69,14 @@ void token_stats_grad(const Isa& isa, const Team& team, const irl::Rows& shape, 
     return x ? static_cast<double>(x[i]) : 0.0;
   };
   std::vector<float> a(n), b(n), c(n);
-  double back = 0;  // what row i - 1 sends to the value of row i
+  // What row i - 1 sends to the value of row i. The last row of a sequence sends nothing.
+  double back = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const auto kind = static_cast<Kind>(kept.kind[i]);
-    const bool first = static_cast<std::int64_t>(i) % call.length == 0;
     const double reward = has_td(kind) ? from(above.reward, i) : 0.0;
     double logprob = kind != ignored ? from(above.logprob, i) : 0.0, picked = 0;
     (heads.values ? logprob : picked) += reward;
-    const double behind = first || heads.next_values ? 0.0 : back;
+    const double behind = heads.next_values ? 0.0 : back;
     const double value = from(above.value, i) + behind;
     if (out.dvalues) out.dvalues[i] = static_cast<float>(value + reward);
     const double h = above.entropy ? from(above.entropy, i) : 0.0;
