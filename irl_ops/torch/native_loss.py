@@ -12,7 +12,7 @@ from torch import Tensor
 from irl_ops.algebra import Terms
 from irl_ops.call import Call
 from irl_ops.torch import native
-from irl_ops.torch.native_call import Fields, readout_of, refuse_label
+from irl_ops.torch.native_call import fields_of, readout_of, refuse_label
 from irl_ops.torch.outcome import Outcome
 
 METRICS = ("nll", "value", "entropy", "td", "reward", "accuracy", "z", "tokens")
@@ -22,11 +22,7 @@ def loss(
     call: Call, logits: Tensor, labels: Tensor, dlogits: Tensor | None, above: Tensor | None
 ) -> Outcome:
     """See ``irl_ops.torch.whole``."""
-    fields = Fields(labels)
-    fields.sequence(call.sequence)
-    fields.weighting(call.weighting)
-    fields.terms(call.terms)
-    fields.heads(call.heads)
+    fields = fields_of(call, labels)
     if above is not None:
         fields.numbers("above", above)
     dvalues = dnext_values = per_row = None

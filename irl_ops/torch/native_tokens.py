@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irl_ops.call import StatsCall
 from irl_ops.torch import native, pool
-from irl_ops.torch.native_call import Fields, readout_of, refuse_label
+from irl_ops.torch.native_call import Fields, fields_of, readout_of, refuse_label
 from irl_ops.torch.refusals import refuse_second_derivative
 
 
@@ -90,10 +90,7 @@ def _token_stats(
     call: StatsCall, logits: Tensor, labels: Tensor
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
     """The outputs, and what the gradient needs beside them."""
-    fields = Fields(labels)
-    fields.sequence(call.sequence)
-    fields.heads(call.heads)
-    fields.call.gamma = float(call.gamma)
+    fields = fields_of(call, labels)
     vectors = logits.new_empty((7, *labels.shape), dtype=torch.float32).unbind()
     value, logprob, reward, next_value, row_max, logsum, h = vectors
     entropy = h if call.entropy else None
