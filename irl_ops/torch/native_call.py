@@ -119,6 +119,11 @@ class Fields:
         self.call.detach_next = given.detach_next
 
 
+def row_vector(labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for a number per row, contiguous."""
+    return torch.empty_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def readout_of(call: Call | StatsCall) -> dict[str, Any]:
     """How logits become Q-values, 0 standing for no soft cap."""
     scale, cap = call.readout

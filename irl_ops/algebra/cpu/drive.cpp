@@ -1,5 +1,6 @@
 #include "drive.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -53,10 +54,10 @@ std::int64_t token_stats(const Isa& isa, const Team& team, const irl::Rows& shap
     out.next_value[i] = static_cast<float>(done.next_value[i]);
     out.kind[i] = rows.kind[i];
     out.correct[i] = labelled && stats.label_logit[i] >= stats.row_max[i];
-    out.row_max[i] = stats.row_max[i];
-    out.logsum[i] = stats.logsum[i];
-    out.labels[i] = rows.labels[i];
   }
+  if (out.row_max) std::copy(stats.row_max.begin(), stats.row_max.end(), out.row_max);
+  if (out.logsum) std::copy(stats.logsum.begin(), stats.logsum.end(), out.logsum);
+  if (out.labels) std::copy(rows.labels.begin(), rows.labels.end(), out.labels);
   return -1;
 }
 
