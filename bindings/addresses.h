@@ -35,7 +35,7 @@ inline irl::Layout parse_layout(const char* name, const Axes& sizes, Axes stride
   for (const std::int64_t size : sizes)
     if (size < 0)
       throw std::invalid_argument("sizes holds " + std::to_string(size) + ", accepted are >= 0");
-  return {sizes, std::move(strides)};
+  return irl::collapsed({sizes, std::move(strides)});
 }
 
 inline std::int64_t parse_threads(std::int64_t threads) {

@@ -174,6 +174,7 @@ void define_calls(py::module_& module) {
   const auto heads = &Call::heads;
   py::class_<Call>(module, "Call")
       .def(py::init<>())
+      .def(py::init<const Call&>(), arg("call"))
       .def_readwrite("length", &Call::length)
       .def_property("labels", nullptr,
                     [](Call& call, Address at) { call.labels = pointer<const std::int64_t>(at); })

@@ -94,6 +94,8 @@ def scale(
 class Call:
     """The fields of a call: numbers as they are, arrays by address, 0 for absent ones."""
 
+    def __init__(self, call: Call = ...) -> None: ...
+
     length: int
     labels: int
     ignore_index: int

@@ -52,6 +52,10 @@ class Arguments:
     def check_constant(self, name: str, x: Any) -> None:
         """No gradient by ``x`` is asked for, in frameworks that can tell beforehand."""
 
+    def remembers(self) -> bool:
+        """Whether what numbers and names were read as is kept for the next call."""
+        return False
+
     def peek(self, x: Any) -> float | None:
         """The value of a 0-d array, where looking costs nothing; None elsewhere."""
         return None

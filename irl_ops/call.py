@@ -25,6 +25,7 @@ class Call(NamedTuple):
     inplace: bool
     backend: str
     readout: Readout = PLAIN
+    plain: bool = False  # whether no array is among the options, only numbers and names
 
 
 class Parallel(NamedTuple):
@@ -47,6 +48,7 @@ class StatsCall(NamedTuple):
     backend: str
     readout: Readout = PLAIN
     measures: Measures = Measures(temperature=None)
+    plain: bool = False  # as in Call
 
 
 def read_loss(
@@ -69,13 +71,67 @@ def read_loss(
         terms_of: a function of ``irl_ops.terms``.
         logits: ``[..., T, V]``.
         labels: ``[..., T]``.
-        options: what the user gave; emptied.
+        options: what the user gave; may be emptied.
         return_metrics: another option, which decides the type of the result.
         is_expert: the third array of the online losses.
     """
     if "num_items_in_batch" in options:  # a Trainer calls, with outputs in the place of logits
         refuse(caller, ["num_items_in_batch"], group)
     arguments.check_logits(logits, labels)
+    if is_expert is None and arguments.remembers() and _are_plain(options):
+        columns = logits.shape[-1]
+        return _plain_loss(caller, group, arguments, terms_of, columns, return_metrics, **options)
+    return _loss(
+        caller, group, arguments, terms_of, logits, labels, logits.shape[-1], options,
+        return_metrics, is_expert,
+    )  # fmt: skip
+
+
+_REMEMBERED = 256  # of each function; an annealed number takes one at every value
+
+
+@functools.lru_cache(_REMEMBERED, typed=True)  # 1, 1.0 and True are equal, and not all accepted
+def _plain_loss(
+    caller: str,
+    group: type,
+    arguments: Arguments,
+    terms_of: Callable[..., Terms],
+    vocab: int,
+    return_metrics: bool,
+    /,
+    **options: Any,
+) -> Call:
+    """The same records for the same numbers and names, without reading them again."""
+    call = _loss(
+        caller, group, arguments, terms_of, None, None, vocab, options, return_metrics, None
+    )
+    return call._replace(plain=True)
+
+
+def _are_plain(options: dict[str, Any]) -> bool:
+    """Whether the options are numbers and names alone, of Python's own types."""
+    for x in options.values():
+        if type(x) not in _PLAIN and not (type(x) is tuple and all(type(i) is int for i in x)):
+            return False
+    return True
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+
+
+def _loss(
+    caller: str,
+    group: type,
+    arguments: Arguments,
+    terms_of: Callable[..., Terms],
+    logits: Any,
+    labels: Any,
+    vocab: int,
+    options: dict[str, Any],
+    return_metrics: bool,
+    is_expert: Any,
+) -> Call:
+    """The records, from options that are emptied; arrays are looked at beside other arrays only."""
     pair = is_expert is not None
     if pair:
         arguments.check_flags("is_expert", is_expert, labels)
@@ -88,7 +144,7 @@ def read_loss(
     take = functools.partial(_take, options)
     readout = arguments.readout(logits, take(Readout), options.pop("temperature", 1.0))
     weighting = arguments.weighting(labels, take(Weighting), pair)
-    sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
+    sequence = arguments.sequence(labels, vocab, take(Sequence))
     heads = arguments.heads(labels, take(Heads) if terms.td is not None else Heads())
     inplace, backend = options.pop("inplace", False), options.pop("backend", "auto")
     _refuse_rest(caller, group, options)
@@ -121,11 +177,34 @@ def read_stats(
 ) -> StatsCall:
     """The records of a call of ``token_stats``; arguments as for ``read_loss``."""
     arguments.check_logits(logits, labels)
+    if arguments.remembers() and _are_plain(options):
+        return _plain_stats(caller, group, arguments, logits.shape[-1], **options)
+    return _stats(caller, group, arguments, logits, labels, logits.shape[-1], options)
+
+
+@functools.lru_cache(_REMEMBERED, typed=True)
+def _plain_stats(
+    caller: str, group: type, arguments: Arguments, vocab: int, /, **options: Any
+) -> StatsCall:
+    """As ``_plain_loss``."""
+    return _stats(caller, group, arguments, None, None, vocab, options)._replace(plain=True)
+
+
+def _stats(
+    caller: str,
+    group: type,
+    arguments: Arguments,
+    logits: Any,
+    labels: Any,
+    vocab: int,
+    options: dict[str, Any],
+) -> StatsCall:
+    """The records, from options that are emptied."""
     gamma = _number(arguments, logits, options, "gamma", 0.0, 1.0)
     take = functools.partial(_take, options)
     temperature, measures = arguments.measures(logits, labels, take(Measures))
     readout = arguments.readout(logits, take(Readout), temperature)
-    sequence = arguments.sequence(labels, logits.shape[-1], take(Sequence))
+    sequence = arguments.sequence(labels, vocab, take(Sequence))
     heads = arguments.heads(labels, take(Heads))
     entropy, backend = options.pop("entropy", True), options.pop("backend", "auto")
     _refuse_rest(caller, group, options)

@@ -30,6 +30,10 @@ class TorchArguments(Arguments):
         """Whether a tensor holds floats or integers."""
         return not x.is_complex() and x.dtype != torch.bool
 
+    def remembers(self) -> bool:
+        """Eager calls are many and small; a compiler's numbers may be symbols."""
+        return not torch.compiler.is_compiling()
+
     def peek(self, x: Tensor) -> float | None:
         """The value of a 0-d tensor on the CPU, outside of compilers and transforms."""
         return x.item() if _can_look(x) else None

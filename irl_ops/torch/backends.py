@@ -52,13 +52,16 @@ def choose(name: str, logits: Tensor, measures: bool = False) -> str:
         ValueError: the backend is unknown, or cannot serve the logits; says why.
     """
     option = "backend"
-    if name == "auto" and os.environ.get("IRL_OPS_BACKEND"):
-        option, name = "the environment variable IRL_OPS_BACKEND", os.environ["IRL_OPS_BACKEND"]
+    if name == "auto" and (named := os.environ.get("IRL_OPS_BACKEND")):
+        option, name = "the environment variable IRL_OPS_BACKEND", named
     if name == "auto":
         # Triton on a CPU is its interpreter, which is asked for by name
         on_cpu = logits.device.type == "cpu"
-        names = (n for n in BACKENDS if not (n == "triton" and on_cpu))
-        return next(n for n in names if reason_against(n, logits, measures) is None)
+        for known in BACKENDS:
+            if known == "triton" and on_cpu:
+                continue
+            if reason_against(known, logits, measures) is None:
+                return known
     if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
         raise ValueError(f"{option} is {name!r}; accepted: {accepted}")

@@ -28,8 +28,9 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
     """
     backend = choose(call.backend, logits)
     heads = call.heads
-    heads_wanted = any(x is not None and x.requires_grad for x in (heads.values, heads.next_values))
-    differentiable = torch.is_grad_enabled() and (logits.requires_grad or heads_wanted)
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (logits, heads.values, heads.next_values)
+    )
     inplace = call.inplace and differentiable and logits.requires_grad
     if inplace:
         arguments.check_inplace(logits)

@@ -254,17 +254,14 @@ class View:
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
     """``dlogits *= factor``; returns at once where the 0-d factor is 1."""
-    _native.scale(*_rows(dlogits), factor.item(), torch.get_num_threads())
+    number = factor.item()
+    if number != 1:
+        _native.scale(*_rows(dlogits), number, torch.get_num_threads())
 
 
-def _rows(logits: Tensor) -> tuple[int, str, torch.Size, tuple[int, ...], int]:
-    return (
-        logits.data_ptr(),
-        _DTYPES[logits.dtype],
-        logits.shape[:-1],
-        logits.stride()[:-1],
-        logits.shape[-1],
-    )
+def _rows(logits: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...], int]:
+    *sizes, vocab = logits.shape
+    return logits.data_ptr(), _DTYPES[logits.dtype], tuple(sizes), logits.stride()[:-1], vocab
 
 
 def _row_vector(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
@@ -14,21 +15,46 @@ from irl_ops.torch import native
 from irl_ops.torch.arguments import arguments
 
 
+def fields_of(call: Call | StatsCall, labels: Tensor) -> Fields:
+    """The fields of a whole call."""
+    if call.plain:
+        return Fields(labels, _plain_fields(call))
+    return _all_fields(call, labels)
+
+
+def _all_fields(call: Call | StatsCall, labels: Tensor) -> Fields:
+    fields = Fields(labels)
+    fields.sequence(call.sequence)
+    fields.heads(call.heads)
+    if isinstance(call, Call):
+        fields.weighting(call.weighting)
+        fields.terms(call.terms)
+    else:
+        fields.call.gamma = float(call.gamma)
+    return fields
+
+
+@functools.lru_cache(256)
+def _plain_fields(call: Call | StatsCall) -> Any:
+    """The fields of a call without arrays, set once for all equal ones."""
+    return _all_fields(call, torch.empty(0, dtype=torch.int64)).call
+
+
 class Fields:
     """The fields of a call in C++, and the tensors that have to live as long."""
 
-    def __init__(self, labels: Tensor) -> None:
-        self.call: Any = native._native.Call()
-        self.shape = labels.shape
+    def __init__(self, labels: Tensor, like: Any = None) -> None:
+        make = native._native.Call
+        self.call: Any = make() if like is None else make(like)
+        self.shape = shape = labels.shape
         self.kept: list[Tensor] = []
-        self.call.length = max(1, labels.shape[-1])
+        self.call.length = shape[-1] or 1
         self.call.labels = self.address(labels, torch.int64)
 
     def address(self, x: Tensor, dtype: torch.dtype) -> int:
         """The address of the array's elements, contiguous and in that dtype."""
-        x = x.detach()
         if x.dtype != dtype or not x.is_contiguous():
-            x = x.to(dtype).contiguous()
+            x = x.detach().to(dtype).contiguous()
         self.kept.append(x)
         return x.data_ptr()
 
@@ -91,6 +117,11 @@ class Fields:
         self.array("values", given.values, torch.float32)
         self.array("next_values", given.next_values, torch.float32)
         self.call.detach_next = given.detach_next
+
+
+def row_vector(labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for a number per row, contiguous."""
+    return torch.empty_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def readout_of(call: Call | StatsCall) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from irl_ops.algebra import Terms
 from irl_ops.call import Call
 from irl_ops.torch import native
-from irl_ops.torch.native_call import Fields, readout_of, refuse_label
+from irl_ops.torch.native_call import fields_of, readout_of, refuse_label, row_vector
 from irl_ops.torch.outcome import Outcome
 
 METRICS = ("nll", "value", "entropy", "td", "reward", "accuracy", "z", "tokens")
@@ -22,20 +22,16 @@ def loss(
     call: Call, logits: Tensor, labels: Tensor, dlogits: Tensor | None, above: Tensor | None
 ) -> Outcome:
     """See ``irl_ops.torch.whole``."""
-    fields = Fields(labels)
-    fields.sequence(call.sequence)
-    fields.weighting(call.weighting)
-    fields.terms(call.terms)
-    fields.heads(call.heads)
+    fields = fields_of(call, labels)
     if above is not None:
         fields.numbers("above", above)
     dvalues = dnext_values = per_row = None
     if dlogits is not None and call.heads.values is not None:
-        dvalues = logits.new_empty(labels.shape, dtype=torch.float32)
+        dvalues = row_vector(labels)
     if dlogits is not None and call.heads.next_values is not None:
-        dnext_values = logits.new_empty(labels.shape, dtype=torch.float32)
+        dnext_values = row_vector(labels)
     if call.weighting.reduction == "none":
-        per_row = logits.new_empty(labels.shape, dtype=torch.float32)
+        per_row = row_vector(labels)
     found = native._native.loss(
         *native._rows(logits),
         fields.call,
@@ -50,7 +46,7 @@ def loss(
     if isinstance(found, int):
         refuse_label(found, labels, logits, call.sequence)
     total, *means = found
-    loss = torch.tensor(total, dtype=torch.float32) if per_row is None else per_row
+    loss = torch.scalar_tensor(total, dtype=torch.float32) if per_row is None else per_row
     metrics = _metrics(call.terms, means) if call.metrics else None
     return Outcome(loss, dvalues, dnext_values, metrics)
 

@@ -9,22 +9,21 @@ from torch import Tensor
 
 from irl_ops.call import StatsCall
 from irl_ops.torch import native, pool
-from irl_ops.torch.native_call import Fields, readout_of, refuse_label
+from irl_ops.torch.native_call import Fields, fields_of, readout_of, refuse_label, row_vector
 from irl_ops.torch.refusals import refuse_second_derivative
 
 
 def token_stats(call: StatsCall, logits: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
     """The fields of ``TokenStats``, differentiable."""
     heads = call.heads
-    wanted = any(
+    if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (logits, heads.values, heads.next_values)
-    )
-    if wanted and torch.is_grad_enabled():
+    ):
         outputs: tuple[Tensor | None, ...] = Differentiable.apply(  # type: ignore[no-untyped-call]
             logits, heads.values, heads.next_values, labels, call
         )
         return outputs
-    return _token_stats(call, logits, labels)[0]
+    return _token_stats(call, logits, labels, False)[0]
 
 
 class Differentiable(torch.autograd.Function):
@@ -40,7 +39,7 @@ class Differentiable(torch.autograd.Function):
         call: StatsCall,
     ) -> tuple[Tensor | None, ...]:
         """The fields of ``TokenStats``."""
-        outputs, (row_max, logsum, aligned) = _token_stats(call, logits, labels)
+        outputs, (row_max, logsum, aligned) = _token_stats(call, logits, labels, True)
         kind, correct = outputs[5:]
         ctx.save_for_backward(
             logits, values, next_values, labels, outputs[2], kind, row_max, logsum, aligned
@@ -66,8 +65,7 @@ class Differentiable(torch.autograd.Function):
         fields.call.gamma = float(call.gamma)
         dlogits = pool.empty_like(logits) if ctx.needs_input_grad[0] else None
         dvalues, dnext_values = (
-            None if x is None else logits.new_empty(labels.shape, dtype=torch.float32)
-            for x in (values, next_values)
+            None if x is None else row_vector(labels) for x in (values, next_values)
         )
         given = [None if x is None else x.float().contiguous() for x in above[:5]]
         kept = (None, None, entropy, None, None, kind, None, row_max, logsum, aligned)
@@ -87,27 +85,24 @@ class Differentiable(torch.autograd.Function):
 
 
 def _token_stats(
-    call: StatsCall, logits: Tensor, labels: Tensor
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-    """The outputs, and what the gradient needs beside them."""
-    fields = Fields(labels)
-    fields.sequence(call.sequence)
-    fields.heads(call.heads)
-    fields.call.gamma = float(call.gamma)
-    vectors = logits.new_empty((7, *labels.shape), dtype=torch.float32).unbind()
-    value, logprob, reward, next_value, row_max, logsum, h = vectors
-    entropy = h if call.entropy else None
-    kind = torch.empty(labels.shape, dtype=torch.int8)
-    correct = torch.empty(labels.shape, dtype=torch.bool)
-    aligned = torch.empty(labels.shape, dtype=torch.int64)
+    call: StatsCall, logits: Tensor, labels: Tensor, differentiable: bool
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """The outputs, and what the gradient needs beside them, where there will be one."""
+    fields = fields_of(call, labels)
+    value, logprob, reward, next_value = (row_vector(labels) for _ in range(4))
+    entropy = row_vector(labels) if call.entropy else None
+    kind, correct = row_vector(labels, torch.int8), row_vector(labels, torch.bool)
+    kept: tuple[Tensor | None, ...] = (None, None, None)
+    if differentiable:  # row_max, logsum and the aligned labels
+        kept = (row_vector(labels), row_vector(labels), row_vector(labels, torch.int64))
     outputs = (value, logprob, entropy, reward, next_value, kind, correct)
     bad = native._native.token_stats(
         *native._rows(logits),
         fields.call,
-        tuple(map(native._address, (*outputs, row_max, logsum, aligned))),
+        tuple(map(native._address, (*outputs, *kept))),
         torch.get_num_threads(),
         **readout_of(call),
     )
     if bad >= 0:
         refuse_label(bad, labels, logits, call.sequence)
-    return outputs, (row_max, logsum, aligned)
+    return outputs, kept

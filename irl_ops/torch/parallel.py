@@ -90,6 +90,10 @@ class ParallelArguments(TorchArguments):
         self.rows = rows
         self.columns = 0
 
+    def remembers(self) -> bool:
+        """Each call has an object of its own."""
+        return False
+
     def check_logits(self, logits: Any, labels: Any) -> None:
         """``logits`` stand for the shape of the whole; they themselves were checked before."""
         self._check_array("labels", labels, self.integers)
@@ -129,7 +133,8 @@ class Whole:
 
 def is_parallel(logits: Any, options: dict[str, Any]) -> bool:
     """Whether a call says that other processes have parts of its logits."""
-    return is_dtensor(logits) or any(options.get(name) is not None for name in Parallel._fields)
+    named = options and any(options.get(name) is not None for name in Parallel._fields)
+    return bool(named) or is_dtensor(logits)
 
 
 def is_dtensor(x: Any) -> bool:

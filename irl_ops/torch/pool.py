@@ -92,12 +92,12 @@ def release() -> int:
 
 def _serves(logits: Tensor) -> bool:
     return (
-        type(logits) in (Tensor, torch.nn.Parameter)  # a subclass makes its own
+        not torch.compiler.is_compiling()
+        and type(logits) in (Tensor, torch.nn.Parameter)  # a subclass makes its own
+        and logits.numel() * logits.element_size() >= _SMALLEST
         and logits.dtype in _DTYPES
         and logits.device.type == "cpu"
         and logits.layout is torch.strided
-        and logits.numel() * logits.element_size() >= _SMALLEST
-        and not torch.compiler.is_compiling()
     )
 
 

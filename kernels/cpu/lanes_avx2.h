@@ -35,6 +35,13 @@ IRL_INLINE Lanes max_or_second(Lanes a, Lanes b) {
 IRL_INLINE Lanes min_or_second(Lanes a, Lanes b) {
   return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}};
 }
+// Of lanes without a NaN.
+IRL_INLINE float largest(Lanes a) {
+  const __m256 eight = _mm256_max_ps(a.v[0], a.v[1]);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 
 // a, but 0 where x is -inf.
 IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {

@@ -21,6 +21,8 @@ IRL_INLINE Lanes rounded(Lanes a) {
 // b where either is NaN, as vmaxps and vminps have it.
 IRL_INLINE Lanes max_or_second(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 IRL_INLINE Lanes min_or_second(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Of lanes without a NaN.
+IRL_INLINE float largest(Lanes a) { return _mm512_reduce_max_ps(a.v); }
 
 // a, but 0 where x is -inf.
 IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {

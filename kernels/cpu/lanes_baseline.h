@@ -59,6 +59,15 @@ IRL_INLINE Lanes min_or_second(Lanes a, Lanes b) {
 }
 #endif
 
+// Of lanes without a NaN.
+IRL_INLINE float largest(Lanes a) {
+  Lanes m = max_or_second(a, {{a.v[2], a.v[3], a.v[0], a.v[1]}});
+  m = max_or_second(m, {{m.v[1], m.v[0], m.v[1], m.v[0]}});
+  const F4 x = m.v[0];
+  const float low = x[0] > x[1] ? x[0] : x[1], high = x[2] > x[3] ? x[2] : x[3];
+  return low > high ? low : high;
+}
+
 // a, but 0 where x is -inf.
 IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {
   IRL_EACH(choose(x.v[k] == four(-__builtin_inff()), four(0.0f), a.v[k]));

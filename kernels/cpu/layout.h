@@ -17,14 +17,16 @@ struct Layout {
     return n;
   }
 
-  // Elements from the array's address to the row's first element.
+  // Elements from the array's address to the row's first element. Divides once for each axis but
+  // the first: see collapsed.
   std::int64_t offset(std::int64_t row) const {
+    if (sizes.empty()) return 0;
     std::int64_t elements = 0;
-    for (std::size_t axis = sizes.size(); axis-- > 0;) {
+    for (std::size_t axis = sizes.size(); axis-- > 1;) {
       elements += row % sizes[axis] * strides[axis];
       row /= sizes[axis];
     }
-    return elements;
+    return elements + row * strides[0];
   }
 
   // The lowest and the highest offset of a row. There must be rows.
@@ -37,5 +39,22 @@ struct Layout {
     return {low, high};
   }
 };
+
+// The same rows over as few axes as describe them: one, where they are equally far apart.
+inline Layout collapsed(const Layout& given) {
+  Layout out;
+  for (std::size_t axis = 0; axis < given.sizes.size(); ++axis) {
+    const std::int64_t size = given.sizes[axis], stride = given.strides[axis];
+    if (size == 1) continue;
+    if (!out.sizes.empty() && out.strides.back() == size * stride) {
+      out.sizes.back() *= size;
+      out.strides.back() = stride;
+    } else {
+      out.sizes.push_back(size);
+      out.strides.push_back(stride);
+    }
+  }
+  return out;
+}
 
 }  // namespace irl

@@ -1,24 +1,27 @@
 // The first half of a pass: what is read of a row. Included by loops.h.
 
-IRL_INLINE float largest(Lanes a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l)
-      lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
-  return lanes[0];
-}
-
 IRL_INLINE void add_to(double* totals, Lanes a) {
   float lanes[kLanes];
   store(lanes, a);
   for (int l = 0; l < kLanes; ++l) totals[l] += static_cast<double>(lanes[l]);
 }
 
+IRL_INLINE void set_to(double* totals, Lanes a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int l = 0; l < kLanes; ++l) totals[l] = static_cast<double>(lanes[l]);
+}
+
+// One half of the lanes added to the other, until one lane is left: a sum of one after the other
+// would take longer than a short row.
+template <int kHalf = kLanes / 2>
 IRL_INLINE double total(const double* totals) {
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += totals[l];
-  return sum;
+  double folded[kHalf];
+  for (int l = 0; l < kHalf; ++l) folded[l] = totals[l] + totals[l + kHalf];
+  if constexpr (kHalf == 1)
+    return folded[0];
+  else
+    return total<kHalf / 2>(folded);
 }
 
 // The largest of the first n elements that is a number, -inf if there is none.
@@ -82,16 +85,23 @@ IRL_INLINE BlockSums block_sums(const T* x, std::int64_t n, float reference, flo
 }
 
 // sum_j exp(q_j - reference), and the same weighted by q_j - reference, in sixteen lanes.
+template <bool kEntropy>
 struct Totals {
-  double sum[kLanes], weighted[kLanes];
+  double sum[kLanes], weighted[kLanes];  // the second with kEntropy alone
 
   // The same sums measured from another reference: by the factor exp(change).
   void move(double change) {
     const double factor = __builtin_exp(change);
     for (int l = 0; l < kLanes; ++l) {
-      weighted[l] = factor * (weighted[l] + change * sum[l]);
+      if (kEntropy) weighted[l] = factor * (weighted[l] + change * sum[l]);
       sum[l] *= factor;
     }
+  }
+
+  // The first block is what the totals begin with.
+  void add(const BlockSums& block, bool first) {
+    first ? set_to(sum, block.sum) : add_to(sum, block.sum);
+    if (kEntropy) first ? set_to(weighted, block.weighted) : add_to(weighted, block.weighted);
   }
 };
 
@@ -105,11 +115,12 @@ template <class T, bool kEntropy, bool kKeep, class Read>
 RowSums scan(const T* x, std::int64_t vocab, float* exps, Segment* segments, const Read& how) {
   constexpr float kSlack = 1.0f;
   RowSums row = {-kInfinity, 0.0, 0.0, 0};
-  Totals totals = {};
+  Totals<kEntropy> totals;
   float reference = largest_of(x, vocab < kBlock ? vocab : kBlock, how);
   if (reference == -kInfinity) reference = 0.0f;
   if (kKeep) segments[row.segments++] = {0, reference};
-  for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
+  std::int64_t begin = 0;
+  do {
     const std::int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
     float* keep = exps + (kKeep ? begin : 0);
     BlockSums block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, keep, how);
@@ -122,12 +133,12 @@ RowSums scan(const T* x, std::int64_t vocab, float* exps, Segment* segments, con
       block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, keep, how);
     }
     if (block.max > row.max) row.max = block.max;
-    add_to(totals.sum, block.sum);
-    if (kEntropy) add_to(totals.weighted, block.weighted);
-  }
+    totals.add(block, begin == 0);
+    begin += kBlock;
+  } while (begin < vocab);
   if (row.max > -kInfinity && row.max != reference)
     totals.move(static_cast<double>(reference) - static_cast<double>(row.max));
   row.sum = kScanUnit * total(totals.sum);
-  row.weighted = kScanUnit * total(totals.weighted);
+  if (kEntropy) row.weighted = kScanUnit * total(totals.weighted);
   return row;
 }

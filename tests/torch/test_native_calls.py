@@ -7,7 +7,7 @@ import irl_ops.torch as irl
 from irl_ops import _native
 from irl_ops.algebra import Heads, Sequence, Terms, Weighting
 from irl_ops.call import Call
-from irl_ops.torch import forward
+from irl_ops.torch import forward, native
 
 
 def gradient(labels: torch.Tensor, backend: str, **options) -> torch.Tensor:
@@ -61,3 +61,51 @@ def test_a_loss_of_ones_own_takes_the_same_way(backend):
 def test_a_call_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="boundary is 'end', accepted are terminal"):
         _native.Call().boundary = "end"
+
+
+class Crossings:
+    """Stands for the extension, and keeps the names of the functions that are called."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str):
+        found = getattr(_native, name)
+        if isinstance(found, type):
+            return found
+
+        def call(*given, **named):
+            self.names.append(name)
+            return found(*given, **named)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("run", "forward_names", "backward_names"),
+    [
+        (lambda q, y: irl.iqlearn_loss(q, y, lam=0.3, backend="native"), ["loss"], []),
+        (lambda q, y: irl.mle_loss(q, y, where=y > 2, backend="native"), ["loss"], []),
+        (
+            lambda q, y: irl.iqlearn_loss(q, y, reduction="none", backend="native").sum(),
+            ["loss"],
+            ["loss"],
+        ),
+        (
+            lambda q, y: irl.token_stats(q, y, backend="native").reward.sum(),
+            ["token_stats"],
+            ["token_stats_grad"],
+        ),
+    ],
+)
+def test_a_call_crosses_into_cpp_once(run, forward_names, backward_names, monkeypatch):
+    """What keeps small batches cheap: no array algebra on the way, and no scaling by 1."""
+    seen = Crossings()
+    monkeypatch.setattr(native, "_native", seen)
+    logits, labels = torch.randn(2, 5, 9), torch.randint(9, (2, 5))
+    with torch.no_grad():
+        run(logits, labels)
+    assert seen.names == forward_names
+    seen.names.clear()
+    run(logits.requires_grad_(), labels).backward()
+    assert seen.names == forward_names + backward_names

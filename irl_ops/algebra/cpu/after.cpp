@@ -58,12 +58,12 @@ Finished finish(const Call& call, const Rows& rows, const Objective& loss,
 
 void head_gradients(const Call& call, const Rows& rows, const Finished& done, float* dvalues,
                     float* dnext_values) {
-  double back = 0;  // what row i - 1 sends to row i through its next value
+  if (!dvalues && !dnext_values) return;
+  // What row i - 1 sends to row i through its next value. The last row of a sequence sends nothing.
+  double back = 0;
   for (std::size_t i = 0; i < rows.labels.size(); ++i) {
     const double u = done.slope[i];
-    const bool first = static_cast<std::int64_t>(i) % call.length == 0;
-    if (dvalues)
-      dvalues[i] = static_cast<float>(u + (first || call.heads.next_values ? 0.0 : back));
+    if (dvalues) dvalues[i] = static_cast<float>(u + (call.heads.next_values ? 0.0 : back));
     back = rows.kind[i] == bootstrap && !call.heads.detach_next ? -call.terms.gamma * u : 0.0;
     if (dnext_values) dnext_values[i] = static_cast<float>(back);
   }

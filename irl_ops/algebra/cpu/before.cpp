@@ -11,13 +11,15 @@ namespace {
 
 std::vector<std::uint8_t> next_row_exists(const Call& call, std::int64_t count) {
   const Sequence& given = call.sequence;
-  std::vector<std::uint8_t> exists(static_cast<std::size_t>(count));
-  for (std::int64_t i = 0; i < count; ++i) {
-    bool next = i % call.length + 1 < call.length;
-    if (given.segment_ids) next = next && given.segment_ids[i + 1] == given.segment_ids[i];
-    if (given.position_ids) next = next && given.position_ids[i + 1] == given.position_ids[i] + 1;
-    exists[static_cast<std::size_t>(i)] = next;
-  }
+  std::vector<std::uint8_t> exists(static_cast<std::size_t>(count), 1);
+  for (std::int64_t end = call.length; end <= count; end += call.length)
+    exists[static_cast<std::size_t>(end - 1)] = 0;
+  if (const std::int64_t* id = given.segment_ids)
+    for (std::int64_t i = 0; i + 1 < count; ++i)
+      exists[static_cast<std::size_t>(i)] &= id[i + 1] == id[i];
+  if (const std::int64_t* position = given.position_ids)
+    for (std::int64_t i = 0; i + 1 < count; ++i)
+      exists[static_cast<std::size_t>(i)] &= position[i + 1] == position[i] + 1;
   for (const std::int64_t begin : given.cu_seqlens)
     if (begin > 0 && begin < count) exists[static_cast<std::size_t>(begin - 1)] = 0;
   return exists;
@@ -42,21 +44,19 @@ Rows align(const Call& call, std::int64_t count, std::int64_t vocab) {
   const auto n = static_cast<std::size_t>(count);
   Rows rows = {std::vector<std::int64_t>(n, kNoLabel), std::vector<Kind>(n, ignored), -1};
   const std::vector<std::uint8_t> exists = next_row_exists(call, count);
-  std::vector<std::int64_t> labels(n);
   std::vector<std::uint8_t> labelled(n);
   for (std::size_t i = 0; i < n; ++i) {
     const std::int64_t* here = call.labels + i;
-    labels[i] = !given.shift ? here[0] : exists[i] ? here[1] : given.ignore_index;
-    labelled[i] = labels[i] != given.ignore_index && (!given.where || given.where[i]);
+    const std::int64_t label = !given.shift ? here[0] : exists[i] ? here[1] : given.ignore_index;
+    labelled[i] = label != given.ignore_index && (!given.where || given.where[i]);
+    if (labelled[i]) rows.labels[i] = label;
   }
   for (std::size_t i = 0; i < n; ++i) {
     if (!labelled[i]) continue;
+    const std::int64_t label = rows.labels[i];
     const bool next = exists[i];
-    rows.labels[i] = labels[i];
-    rows.kind[i] =
-        kind_of(call, static_cast<std::int64_t>(i), labels[i], next, next && labelled[i + 1]);
-    if (rows.bad < 0 && (labels[i] < 0 || labels[i] >= vocab))
-      rows.bad = static_cast<std::int64_t>(i);
+    rows.kind[i] = kind_of(call, static_cast<std::int64_t>(i), label, next, next && labelled[i + 1]);
+    if (rows.bad < 0 && (label < 0 || label >= vocab)) rows.bad = static_cast<std::int64_t>(i);
   }
   return rows;
 }
@@ -101,8 +101,7 @@ Coefficients coefficients(const Call& call, const Rows& rows, const Objective& l
   Coefficients out = {std::vector<float>(n), std::vector<float>(n), {}};
   if (call.terms.has_entropy) out.entropy_weight.resize(n);
   for (std::size_t i = 0; i < n; ++i) {
-    const bool first = static_cast<std::int64_t>(i) % call.length == 0;
-    const bool onto = !first && rows.kind[i - 1] == bootstrap;  // row i - 1 bootstraps from row i
+    const bool onto = i > 0 && rows.kind[i - 1] == bootstrap;  // row i - 1 bootstraps from row i
     double alpha = loss.mle[i], beta = 0;
     if (call.terms.has_z) beta = 2 * call.terms.z_loss * loss.mle[i];
     if (call.terms.has_td && heads.values) {

@@ -1,5 +1,6 @@
 #include "drive.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -53,10 +54,10 @@ std::int64_t token_stats(const Isa& isa, const Team& team, const irl::Rows& shap
     out.next_value[i] = static_cast<float>(done.next_value[i]);
     out.kind[i] = rows.kind[i];
     out.correct[i] = labelled && stats.label_logit[i] >= stats.row_max[i];
-    out.row_max[i] = stats.row_max[i];
-    out.logsum[i] = stats.logsum[i];
-    out.labels[i] = rows.labels[i];
   }
+  if (out.row_max) std::copy(stats.row_max.begin(), stats.row_max.end(), out.row_max);
+  if (out.logsum) std::copy(stats.logsum.begin(), stats.logsum.end(), out.logsum);
+  if (out.labels) std::copy(rows.labels.begin(), rows.labels.end(), out.labels);
   return -1;
 }
 
@@ -69,14 +70,14 @@ void token_stats_grad(const Isa& isa, const Team& team, const irl::Rows& shape, 
     return x ? static_cast<double>(x[i]) : 0.0;
   };
   std::vector<float> a(n), b(n), c(n);
-  double back = 0;  // what row i - 1 sends to the value of row i
+  // What row i - 1 sends to the value of row i. The last row of a sequence sends nothing.
+  double back = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const auto kind = static_cast<Kind>(kept.kind[i]);
-    const bool first = static_cast<std::int64_t>(i) % call.length == 0;
     const double reward = has_td(kind) ? from(above.reward, i) : 0.0;
     double logprob = kind != ignored ? from(above.logprob, i) : 0.0, picked = 0;
     (heads.values ? logprob : picked) += reward;
-    const double behind = first || heads.next_values ? 0.0 : back;
+    const double behind = heads.next_values ? 0.0 : back;
     const double value = from(above.value, i) + behind;
     if (out.dvalues) out.dvalues[i] = static_cast<float>(value + reward);
     const double h = above.entropy ? from(above.entropy, i) : 0.0;

@@ -25,8 +25,8 @@ struct Outputs {
 std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
                   const Readout& readout, const Call& call, const Outputs& out, Total& total);
 
-// One number per row each; entropy may be null. row_max, logsum and labels are kept for the
-// gradient.
+// One number per row each; entropy may be null. row_max, logsum and labels are what the gradient
+// needs, null where there will be none.
 struct TokenStats {
   float *value, *logprob, *entropy, *reward, *next_value;
   std::int8_t* kind;

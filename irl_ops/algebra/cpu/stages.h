@@ -8,6 +8,7 @@
 
 namespace irl::algebra {
 
+// The last row of a sequence never bootstraps: row i + 1 of one that does is its next row.
 enum Kind : std::int8_t { ignored, terminal, bootstrap, no_td };
 
 constexpr std::int64_t kNoLabel = -1;
