@@ -108,6 +108,11 @@ class Adversaries(nn.Module):
         return self.policy.config
 
     @property
+    def _no_split_modules(self) -> Any:
+        """The layers' classes, which FSDP shards one by one."""
+        return transformers_model(self.policy)._no_split_modules
+
+    @property
     def generation_config(self) -> Any:
         """Likewise."""
         return self.policy.generation_config

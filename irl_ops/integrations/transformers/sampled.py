@@ -72,6 +72,7 @@ class SampledTrainer(Trainer):
                 f"train_dataset={type(self.train_dataset).__name__}; accepted: one with rows by "
                 "number, of which prompts are drawn"
             )
+        self.label_names = ["labels"]  # for evaluations: a forward that reads names none
         self.loss_is_scaled_for_ga = True
         self.sampler = sampler or GenerateSampler(
             args.max_new_tokens, args.temperature, args.sample_batch_size
@@ -111,7 +112,7 @@ class SampledTrainer(Trainer):
         share = count // ranks
         own = chosen[rank * share : (rank + 1) * share]
         with self._as_of(step):
-            answers = self.sampler.sample(self.policy(), own)
+            answers = self._answers(own)
         if len(answers) != len(own):
             raise ValueError(f"the sampler gave {len(answers)} answers to {len(own)} prompts")
         episodes = [Episode(step, p, list(a)) for p, a in zip(own, answers, strict=True)]
@@ -125,6 +126,9 @@ class SampledTrainer(Trainer):
         self.observed["answer_length"] += [float(x) for x in lengths]
         self.observed["answers_cut_off"] += [float(not x) for x in whole]
         return episodes
+
+    def _answers(self, prompts: list[list[int]]) -> list[list[int]]:
+        return self.sampler.sample(self.policy(), prompts)
 
     def _prompts(self, count: int, step: int) -> list[list[int]]:
         """Those of demonstrations at random; no demonstration comes again before all have come."""

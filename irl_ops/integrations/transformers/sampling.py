@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -44,13 +45,18 @@ class GenerateSampler:
         base = transformers_model(model)
         ends = end_tokens(base)
         config = _config(self.options, base, use_cache=True, **_start(base))
+        # all processes gather each layer's weights as long as one of them samples; of ZeRO-3
+        # Transformers knows by itself
+        synced = True if sharded(model) else None
         answers: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             ids, mask = _left_padded([prompts[i] for i in chosen], pad_token(base), base.device)
             generate = cast(Any, model).generate
-            found = generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            found = generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
+            )
             skip = 1 if base.config.is_encoder_decoder else ids.shape[1]
             for i, answer in zip(chosen, found[:, skip:].tolist(), strict=True):
                 answers[i] = until_end(answer, ends)
@@ -167,6 +173,11 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
         "model.generation_config.eos_token_id is None, so no answer would ever end; accepted: a "
         "token, or a list of them"
     )
+
+
+def sharded(model: torch.nn.Module) -> bool:
+    """Whether weights are in parts, one on each process, as those of FSDP2."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def pad_token(model: PreTrainedModel) -> int:
