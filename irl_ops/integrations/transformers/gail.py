@@ -87,7 +87,7 @@ class GAILTrainer(SampledTrainer):
 
     def _answers(self, prompts: list[list[int]]) -> list[list[int]]:
         # inside the forward of all networks, in which FSDP has gathered what is in no layer
-        found: list[list[int]] = self.model(
+        found: list[list[int]] = cast(Any, self.model)(
             lambda networks: self.sampler.sample(networks.policy, prompts)
         )
         return found
@@ -95,6 +95,11 @@ class GAILTrainer(SampledTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         with self._with_policy():
             super()._set_signature_columns_if_needed()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """That of the policy."""
+        with self._with_policy():
+            super().create_model_card(*args, **kwargs)
 
     def kl_weight(self) -> float:
         """That of the update that comes."""
@@ -147,9 +152,10 @@ class GAILTrainer(SampledTrainer):
         networks = self.networks()
         training = networks.training
         networks.eval()
+        whole = cast(Any, self.model)  # as FSDP wraps it
         with torch.no_grad(), self.accelerator.autocast():
             for batch in rollout:
-                batch |= self.model(lambda networks, batch=batch: self._judged(networks, batch))
+                batch |= whole(lambda networks, batch=batch: self._judged(networks, batch))
         networks.train(training)
         self._rescale(rollout)
         return rollout
@@ -318,7 +324,7 @@ class GAILTrainer(SampledTrainer):
     # ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """``state_dict`` holds all networks, gathered, where the engine has parted their weights."""
+        """``state_dict`` holds all networks, gathered, where an engine has parted their weights."""
         from safetensors.torch import save_file, save_model
 
         networks, folder = self.networks(), Path(output_dir or cast(str, self.args.output_dir))

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.value_head import NAME
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig
@@ -149,14 +150,34 @@ class VLLMSampler:
             raise ValueError(
                 f"model={type(model).__name__}; accepted by VLLMSampler: a decoder without adapters"
             )
-        if self.main_process:
-            self.client.update_model_params(base)
-            self.client.reset_prefix_cache()  # its keys and values are of the old weights
+        self._send(base)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         ends = end_tokens(base)
         found = self.client.generate(prompts, **self.options)["completion_ids"]
         return [until_end(answer, ends) for answer in found]
+
+    def _send(self, model: PreTrainedModel) -> None:
+        """All weights that the server's model has too; those in parts are gathered one by one."""
+        weights = {
+            name.replace("_checkpoint_wrapped_module.", ""): weight
+            for name, weight in model.named_parameters()
+            if not name.startswith(f"{NAME}.")
+        }
+        whole = (
+            (name, weight.full_tensor() if isinstance(weight, DTensor) else weight.detach())
+            for name, weight in weights.items()
+        )
+        if self.main_process:
+            told = [
+                (name, str(x.dtype).removeprefix("torch."), list(x.shape))
+                for name, x in weights.items()
+            ]
+            self.client.update_named_params(told, whole)
+            self.client.reset_prefix_cache()  # its keys and values are of the old weights
+        elif sharded(model):
+            for _ in whole:  # what the main process gathers, all have to give
+                pass
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -1,6 +1,6 @@
-"""Two ranks on gloo with parameters parted by FSDP2 take the updates of one process.
+"""Two ranks on gloo, under FSDP2 and DDP, take the updates of one process: each system's.
 
-They are parted by the Trainer and accelerate themselves, as ``fsdp=True`` asks. pytest starts this
+The Trainer and accelerate part the weights themselves, as ``fsdp=True`` asks. pytest starts this
 file as a program, with two processes, once for all systems; the models are in float64.
 """
 
@@ -17,7 +17,13 @@ import torch
 
 STEPS = 2
 ENDS = [2, *range(5, 25)]  # answers end early, on one rank before the other
-SYSTEMS = ("offline", "value head", "online", "gail", "gail lora")
+RUNS = {  # by the system, the engines; DDP of the losses alone is test_transformers_ddp.py's
+    "offline": ["fsdp"],
+    "value head": ["fsdp"],
+    "online": ["fsdp", "ddp"],
+    "gail": ["fsdp", "ddp"],
+    "gail lora": ["fsdp"],
+}
 
 
 def main(folder: Path) -> None:
@@ -31,24 +37,26 @@ def main(folder: Path) -> None:
     package.__path__ = [str(here)]
     sys.modules["tests"] = package
     torch.set_num_threads(1)
-    offer_fsdp_on_cpus()
-    for name in SYSTEMS:
-        run(name, folder, 2)
+    for engine in ("fsdp", "ddp"):
+        choose(engine)
+        for name, engines in RUNS.items():
+            if engine in engines:
+                run(name, folder, engine)
     gc.collect()  # as in test_transformers_ddp.py
     torch.distributed.destroy_process_group()
 
 
-def offer_fsdp_on_cpus() -> None:
+def choose(engine: str) -> None:
     """accelerate has FSDP for accelerators alone: here it takes the CPU for one, with gloo."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    os.environ.pop("ACCELERATE_USE_CPU")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    kind = DistributedType.MULTI_CPU if engine == "ddp" else DistributedType.MULTI_GPU
+    PartialState._prepare_backend = lambda *_: ("gloo", kind)
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": str(engine == "ddp")}
 
 
-def trainer_of(name: str, folder: Path, ranks: int) -> Any:
+def trainer_of(name: str, folder: Path, engine: str) -> Any:
     """A Trainer of the system on a fresh model, for four demonstrations and samples an update."""
     from transformers import Trainer, TrainingArguments
 
@@ -69,16 +77,16 @@ def trainer_of(name: str, folder: Path, ranks: int) -> Any:
     model.generation_config.eos_token_id = ENDS
     shared: dict[str, Any] = {
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4 // ranks,
+        "gradient_accumulation_steps": 4 if engine == "one" else 2,
         "max_steps": STEPS,
         "logging_steps": STEPS,
-        "save_strategy": "steps",
+        "save_strategy": "no" if engine == "one" else "steps",
         "save_steps": 1,
         # a state for torch to save (SGD has none), and no sign of a gradient that is all rounding
         "optim": "adamw_torch",
         "adam_epsilon": 1.0,
     }
-    if ranks > 1:
+    if engine == "fsdp":
         shared |= {"use_cpu": False, "fsdp": True}
     if name == "gail lora":
         from peft import LoraConfig, get_peft_model
@@ -107,20 +115,39 @@ def trainer_of(name: str, folder: Path, ranks: int) -> Any:
     return trainer_class(model, arguments, sampler=sampler, **data)
 
 
-def run(name: str, folder: Path, ranks: int) -> Any:
+def run(name: str, folder: Path, engine: str) -> Any:
     """Two updates with a checkpoint after each; then the second again, from the first."""
     found = []
-    for place, checkpoint in (("run", None), ("again", "run/checkpoint-1")):
-        if checkpoint is not None and ranks == 1:
+    for place, checkpoint in (("run", None), ("again", f"{engine} run/checkpoint-1")):
+        if checkpoint is not None and (engine == "one" or name == "offline"):
             continue  # other tests do that
-        trainer = trainer_of(name, folder / name / place, ranks)
-        assert trainer.args.world_size == ranks
+        trainer = trainer_of(name, folder / name / f"{engine} {place}", engine)
+        assert trainer.args.world_size == 1 + (engine != "one")
         trainer.train(resume_from_checkpoint=checkpoint and str(folder / name / checkpoint))
         found += [whole(trainer.model), trainer.state.log_history[0]]
+    if name == "online" and engine == "fsdp":
+        assert_sent_whole(trainer, found[-2])
     found.append(trainer.evaluate(trainer.train_dataset))
-    if ranks > 1 and trainer.args.process_index == 0:
-        torch.save(found, folder / f"{name}.pt")
+    if engine != "one" and trainer.args.process_index == 0:
+        torch.save(found, folder / f"{name} {engine}.pt")
     return found
+
+
+def assert_sent_whole(trainer: Any, weights: dict[str, torch.Tensor]) -> None:
+    """A server is sent whole weights, though no process has them."""
+    from irl_ops.integrations.transformers import VLLMSampler
+
+    sent: dict[str, torch.Tensor] = {}
+    client = types.SimpleNamespace(
+        communicator=True,
+        update_named_params=lambda told, named: sent.update(named),
+        reset_prefix_cache=lambda: None,
+        generate=lambda prompts, **_: {"completion_ids": [[2]] * len(prompts)},
+    )
+    main = trainer.args.process_index == 0
+    VLLMSampler(client, 4, main_process=main).sample(trainer.policy(), [[5], [6]])
+    assert set(sent) == (set(weights) if main else set())
+    assert all(torch.equal(x, weights[n]) for n, x in sent.items())
 
 
 def whole(model: Any) -> dict[str, torch.Tensor]:
@@ -138,46 +165,49 @@ def parted(tmp_path_factory):
     """The folder in which two ranks have left what they found."""
     from .test_transformers_ddp import launch
 
-    folder = tmp_path_factory.mktemp("fsdp")
-    launch(__file__, folder, ranks=2)
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(__file__, folder, ranks=2, timeout=900)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_parted_parameters_take_the_updates_of_one_process(name, parted, tmp_path):
-    from safetensors.torch import load_file
-
-    before = whole(trainer_of(name, tmp_path / "before", 1).model)
-    one, log, evaluation = run(name, tmp_path, 1)
-    two, log_two, again, log_again, evaluation_two = torch.load(parted / f"{name}.pt")
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_take_the_updates_of_one_process(name, parted, tmp_path):
+    before = whole(trainer_of(name, tmp_path / "before", "one").model)
+    one, log, evaluation = run(name, tmp_path, "one")
     moved = {n: (p - before[n]).norm() for n, p in one.items() if not torch.equal(p, before[n])}
     assert len(moved) > 3 and ("value_head.weight" in moved) == (name == "value head")
-    for n, p in one.items():
-        # float64 sums in another order, and counts of labels that are float32
-        assert (two[n] - p).norm() <= 1e-6 * moved.get(n, 0.0), n
-        assert torch.equal(again[n], two[n]), n
-    for key in ("loss", "nll", "td", "value_loss", "answer_length", "kl"):
-        if key in log:
-            assert log_two[key] == pytest.approx(log[key], rel=1e-5), key
-    assert evaluation_two["eval_loss"] == pytest.approx(evaluation["eval_loss"], rel=1e-5)
-    if name != "offline":
-        assert evaluation_two["eval_nll"] == pytest.approx(evaluation["eval_nll"], rel=1e-5)
-    # what is saved is whole: the policy for from_pretrained, and the networks beside it
-    saved = parted / name / "run" / f"checkpoint-{STEPS}"
-    weights = load_file(saved / f"{'adapter_' * (name == 'gail lora')}model.safetensors")
-    assert sum(x.numel() for x in weights.values()) in (
-        sum(p.numel() for n, p in two.items() if part(n))
-        for part in (
-            lambda n: not n.startswith(("critic", "discriminator", "reference")),
-            lambda n: ".default." in n,
-        )
-    )
+    for engine in RUNS[name]:
+        two, log_two, *again, evaluation_two = torch.load(parted / f"{name} {engine}.pt")
+        for n, p in one.items():
+            # float64 sums in another order, and counts of labels that are float32
+            assert (two[n] - p).norm() <= 1e-6 * moved.get(n, 0.0), (engine, n)
+            assert not again or torch.equal(again[0][n], two[n]), (engine, n)
+        for key in ("loss", "nll", "td", "value_loss", "answer_length", "kl"):
+            if key in log:
+                assert log_two[key] == pytest.approx(log[key], rel=1e-5), (engine, key)
+        for key in ("eval_loss", "eval_nll"):
+            if key in evaluation:
+                assert evaluation_two[key] == pytest.approx(evaluation[key], rel=1e-5)
+        assert_saved_whole(parted / name / f"{engine} run" / f"checkpoint-{STEPS}", name, two)
+
+
+def assert_saved_whole(folder, name, parameters):
+    """The policy for ``from_pretrained``, and the networks beside it."""
+    from safetensors.torch import load_file
+
+    lora = name == "gail lora"
+    saved = load_file(folder / f"{'adapter_' * lora}model.safetensors")
+    beside = ("critic", "discriminator", "reference")
+    ours = [n for n in parameters if (".default." in n if lora else not n.startswith(beside))]
+    assert len(saved) == len(ours)
+    for n, x in saved.items():
+        here = n.replace(".weight", ".default.weight") if lora else n
+        assert torch.equal(x, parameters["policy." * ("gail" in name) + here]), n
     if "gail" in name:
-        beside = load_file(saved / "adversaries.safetensors")
-        for n, x in beside.items():
-            torch.testing.assert_close(x, two[n], rtol=0, atol=0)
-        assert {n.partition(".")[0] for n in beside} == {"critic", "discriminator"}
+        saved = load_file(folder / "adversaries.safetensors")
+        assert {n.partition(".")[0] for n in saved} == {"critic", "discriminator"}
+        assert all(torch.equal(x, parameters[n]) for n, x in saved.items())
 
 
 if __name__ == "__main__":
