@@ -8,7 +8,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from irl_ops.debug.check import check
-from irl_ops.debug.report import Report
+from irl_ops.debug.report import CheckError, Report
 
 
 class CheckCallback(TrainerCallback):
@@ -59,7 +59,17 @@ class CheckCallback(TrainerCallback):
         if self.report is not None:
             return
         self.report = check(self._trainer, **self.options)
-        if self.stop:
-            self.report.raise_if_wrong()
-        elif not self.report.ok and state.is_world_process_zero:
-            print(self.report)
+        from accelerate.utils import gather_object  # type: ignore[import-untyped]
+
+        # all processes stop, or none: the others would wait for one that has raised
+        oks = gather_object([self.report.ok]) if args.world_size > 1 else [self.report.ok]
+        if all(oks):
+            return
+        where = f"process {args.process_index}"
+        if not self.stop:
+            if not self.report.ok:
+                print(f"{where}: {self.report}" if args.world_size > 1 else self.report)
+            return
+        self.report.raise_if_wrong()
+        wrong = ", ".join(str(rank) for rank, ok in enumerate(oks) if not ok)
+        raise CheckError(f"the loss is right on {where}, and wrong on process {wrong}")

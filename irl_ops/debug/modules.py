@@ -48,21 +48,26 @@ def see_step(
 ) -> tuple[Part, Any]:
     """The loss that ``step`` makes by calling the model, and the logits of a second forward.
 
-    Both run under the same random numbers, so that dropout drops the same.
+    Both run under the same random numbers, so that dropout drops the same. The values of a value
+    head (``apply_iqlearn(model, value_head=True)``) are those that the loss was given; no gradient
+    goes back through them, so that what is compared is the one through the logits.
     """
     labels = inputs["labels"] if inputs.get("shift_labels") is None else inputs["shift_labels"]
     devices = [labels.device] if labels.device.type == "cuda" else []
     asked: list[Tensor] = []
     watched: list[Tensor] = []
     called: list[dict[str, Any]] = []
+    values: list[Tensor] = []
     with torch.random.fork_rng(devices), head_inputs(model, asked), _grad(gradient):
-        with arguments(model, called):
+        with arguments(model, called), value_head_outputs(model, values):
             loss = step()
     added = {name: x for name, x in (called or [{}])[0].items() if name == "use_cache"}
     plain = without_labels(model, {**inputs, **added})  # a cache changes how packing is seen
     with torch.random.fork_rng(devices), head_inputs(model, watched), _grad(gradient):
         logits = logits_of(model(**plain))
     part = Part(logits.detach(), labels, facts(inputs))
+    if values:
+        part.facts.setdefault("values", as_is(values[0][..., 0]))
     if gradient and len(asked) == 1 and len(watched) == 1 and asked[0].requires_grad:
         (found,) = torch.autograd.grad(loss, asked[0], allow_unused=True, retain_graph=False)
         found = torch.zeros_like(asked[0]) if found is None else found
@@ -118,6 +123,24 @@ def head_inputs(model: nn.Module, watched: list[Tensor]) -> Generator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def value_head_outputs(model: nn.Module, values: list[Tensor]) -> Generator[None]:
+    """Appends what a value head returns, and cuts the graph in front of it."""
+    head = getattr(unwrapped(model), "value_head", None)
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    handles = (
+        head.register_forward_pre_hook(lambda module, args: tuple(x.detach() for x in args)),
+        head.register_forward_hook(lambda module, args, out: values.append(out.detach())),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,11 @@ from irl_ops.debug.seen import Part, Seen
 
 def see_trainer(trainer: Any, batch: Any, gradient: bool) -> Seen:
     """Its ``training_step`` on the micro-batches of one step, without backward and update."""
+    if hasattr(trainer, "sampler") and hasattr(trainer, "buffer"):
+        raise TypeError(
+            f"target is a {type(trainer).__name__}, which samples its policy for each step; "
+            "accepted: a Trainer whose loss is iqlearn_loss"
+        )
     device = trainer.args.device
     with torch.random.fork_rng(), untouched(trainer):
         batches, items = _batches(trainer, batch, device)

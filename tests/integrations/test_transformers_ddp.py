@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def launch(program: str, folder: Path, ranks: int) -> None:
+def launch(program: str, folder: Path, ranks: int, timeout: float = 240) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -127,7 +127,7 @@ def launch(program: str, folder: Path, ranks: int) -> None:
         for rank in range(ranks)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -80,7 +80,7 @@ class Client:
     def __init__(self):
         self.calls = []
 
-    def update_model_params(self, model):
+    def update_named_params(self, metadata, named_params):
         self.calls.append("weights")
 
     def reset_prefix_cache(self):

@@ -81,10 +81,19 @@ class Adversaries(nn.Module):
         policy: a Transformers model, or a PEFT model around one.
         fused_linear: the policy's losses store no logits.
         reference: whether the initial policy is needed.
+
+    Raises:
+        ValueError: ZeRO-3 has parted the policy's weights already.
     """
 
     def __init__(self, policy: Any, fused_linear: bool, reference: bool) -> None:
         super().__init__()
+        if any(hasattr(weight, "ds_id") for weight in policy.parameters()):
+            raise ValueError(
+                "model has weights that ZeRO-3 has parted when it was loaded, and copies of them "
+                "would be empty; accepted: a model that is loaded before TrainingArguments("
+                "deepspeed=...) is made, or FSDP2, ZeRO-2 or DDP"
+            )
         self.shared = hasattr(policy, "peft_config")
         self.reference: nn.Module | None = None
         if self.shared:
@@ -106,6 +115,16 @@ class Adversaries(nn.Module):
     def config(self) -> Any:
         """The policy's, which the Trainer asks for."""
         return self.policy.config
+
+    @property
+    def model_tags(self) -> Any:
+        """Of the policy, for the page of a model that is pushed."""
+        return transformers_model(self.policy).model_tags
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers' classes, which FSDP shards one by one."""
+        return transformers_model(self.policy)._no_split_modules
 
     @property
     def generation_config(self) -> Any:

@@ -85,9 +85,21 @@ class GAILTrainer(SampledTrainer):
         finally:
             self.model = networks
 
+    def _answers(self, prompts: list[list[int]]) -> list[list[int]]:
+        # inside the forward of all networks, in which FSDP has gathered what is in no layer
+        found: list[list[int]] = cast(Any, self.model)(
+            lambda networks: self.sampler.sample(networks.policy, prompts)
+        )
+        return found
+
     def _set_signature_columns_if_needed(self) -> None:
         with self._with_policy():
             super()._set_signature_columns_if_needed()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """That of the policy."""
+        with self._with_policy():
+            super().create_model_card(*args, **kwargs)
 
     def kl_weight(self) -> float:
         """That of the update that comes."""
@@ -140,9 +152,10 @@ class GAILTrainer(SampledTrainer):
         networks = self.networks()
         training = networks.training
         networks.eval()
+        whole = cast(Any, self.model)  # as FSDP wraps it
         with torch.no_grad(), self.accelerator.autocast():
             for batch in rollout:
-                batch |= self._judged(networks, batch)
+                batch |= whole(lambda networks, batch=batch: self._judged(networks, batch))
         networks.train(training)
         self._rescale(rollout)
         return rollout
@@ -311,22 +324,45 @@ class GAILTrainer(SampledTrainer):
     # ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        networks, folder = self.networks(), Path(output_dir or cast(str, self.args.output_dir))
-        with self._with_policy():
-            super()._save(str(folder))
-        if self.args.should_save:
-            from safetensors.torch import save_model
+        """``state_dict`` holds all networks, gathered, where an engine has parted their weights."""
+        from safetensors.torch import save_file, save_model
 
-            save_model(networks.beside_policy(), str(folder / WEIGHTS))
+        networks, folder = self.networks(), Path(output_dir or cast(str, self.args.output_dir))
+        path = str(folder / WEIGHTS)
+        if state_dict is None:
+            with self._with_policy():
+                super()._save(str(folder))
+            if self.args.should_save:
+                save_model(networks.beside_policy(), path)
+            return
+        with self._with_policy():
+            super()._save(str(folder), under("policy.", state_dict))
+        if self.args.should_save:
+            names = networks.beside_policy()
+            beside = {
+                f"{name}.{key}": x.clone()  # tied weights would share their memory
+                for name in names
+                for key, x in under(f"{name}.", state_dict).items()
+            }
+            save_file(beside, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from safetensors.torch import load_model
 
         networks = self.networks()
+        if self.is_fsdp_enabled:  # what FSDP saves holds all networks
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, networks.policy)
         if networks.shared:  # PEFT loads adapters that are not in use as frozen ones
             train_all_adapters(networks.policy)
         load_model(networks.beside_policy(), str(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -338,3 +374,10 @@ class GAILTrainer(SampledTrainer):
             path = Path(checkpoint) / f"rollout_{self.args.process_index}.pt"
             if path.is_file():
                 self.rollout = torch.load(path, map_location=self.args.device, weights_only=True)
+
+
+def under(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What lies in a part of a module."""
+    return {
+        name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)
+    }

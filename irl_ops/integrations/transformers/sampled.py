@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from irl_ops.integrations.transformers import context
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, prompt_of
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss
 from irl_ops.integrations.transformers.sampling import (
+    ContinuousSampler,
     GenerateSampler,
     Sampler,
+    VLLMSampler,
     end_tokens,
     pad_token,
 )
@@ -74,11 +77,14 @@ class SampledTrainer(Trainer):
                 f"train_dataset={type(self.train_dataset).__name__}; accepted: one with rows by "
                 "number, of which prompts are drawn"
             )
+        self.label_names = ["labels"]  # for evaluations: a forward that reads names none
         self.loss_is_scaled_for_ga = True
         self.sampler = sampler or GenerateSampler(
             args.max_new_tokens, args.temperature, args.sample_batch_size
         )
+        self._refuse_engines()
         base = self.policy_model()
+        base.add_model_tags(["irl_ops", type(self).__name__])
         self.ends, self.pad = end_tokens(base), pad_token(base)
         self.encoder_decoder = bool(base.config.is_encoder_decoder)
         self.buffer = Buffer(0)
@@ -86,6 +92,25 @@ class SampledTrainer(Trainer):
         self.observed: defaultdict[str, list[float]] = defaultdict(list)
         self.seconds = {"sampling_seconds": 0.0, "update_seconds": 0.0}
         self.add_callback(_UpdateClock(self))
+
+    def _refuse_engines(self) -> None:
+        """Of those that part weights over processes, what cannot sample."""
+        zero3 = is_deepspeed_zero3_enabled()
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "fsdp_config['version']=1: a policy in FSDP1 is not sampled here; accepted: 2"
+            )
+        if (self.is_fsdp_enabled or zero3) and isinstance(self.sampler, ContinuousSampler):
+            raise ValueError(
+                "sampler=ContinuousSampler with weights parted by FSDP or ZeRO-3: it generates "
+                "in a thread of its own, at another pace on each process, and they would wait for "
+                "each other's weights; accepted: GenerateSampler, VLLMSampler"
+            )
+        if zero3 and isinstance(self.sampler, VLLMSampler):
+            raise ValueError(
+                "sampler=VLLMSampler with ZeRO-3, whose parted weights it cannot send; accepted: "
+                "GenerateSampler, or FSDP2, ZeRO-2 or DDP"
+            )
 
     def policy_model(self) -> Any:
         """The Transformers model that is sampled, without what wraps it."""
@@ -113,7 +138,7 @@ class SampledTrainer(Trainer):
         share = count // ranks
         own = chosen[rank * share : (rank + 1) * share]
         with self._as_of(step):
-            answers = self.sampler.sample(self.policy(), own)
+            answers = self._answers(own)
         if len(answers) != len(own):
             raise ValueError(f"the sampler gave {len(answers)} answers to {len(own)} prompts")
         episodes = [Episode(step, p, list(a)) for p, a in zip(own, answers, strict=True)]
@@ -127,6 +152,9 @@ class SampledTrainer(Trainer):
         self.observed["answer_length"] += [float(x) for x in lengths]
         self.observed["answers_cut_off"] += [float(not x) for x in whole]
         return episodes
+
+    def _answers(self, prompts: list[list[int]]) -> list[list[int]]:
+        return self.sampler.sample(self.policy(), prompts)
 
     def _prompts(self, count: int, step: int) -> list[list[int]]:
         """Those of demonstrations at random; no demonstration comes again before all have come."""

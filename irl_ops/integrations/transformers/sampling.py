@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.value_head import NAME
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig
@@ -44,13 +46,18 @@ class GenerateSampler:
         base = transformers_model(model)
         ends = end_tokens(base)
         config = _config(self.options, base, use_cache=True, **_start(base))
+        # all processes gather each layer's weights as long as one of them samples; of ZeRO-3
+        # Transformers knows by itself
+        synced = True if sharded(model) else None
         answers: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             ids, mask = _left_padded([prompts[i] for i in chosen], pad_token(base), base.device)
             generate = cast(Any, model).generate
-            found = generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            found = generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
+            )
             skip = 1 if base.config.is_encoder_decoder else ids.shape[1]
             for i, answer in zip(chosen, found[:, skip:].tolist(), strict=True):
                 answers[i] = until_end(answer, ends)
@@ -143,14 +150,34 @@ class VLLMSampler:
             raise ValueError(
                 f"model={type(model).__name__}; accepted by VLLMSampler: a decoder without adapters"
             )
-        if self.main_process:
-            self.client.update_model_params(base)
-            self.client.reset_prefix_cache()  # its keys and values are of the old weights
+        self._send(base)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         ends = end_tokens(base)
         found = self.client.generate(prompts, **self.options)["completion_ids"]
         return [until_end(answer, ends) for answer in found]
+
+    def _send(self, model: PreTrainedModel) -> None:
+        """All weights that the server's model has too; those in parts are gathered one by one."""
+        weights = {
+            name.replace("_checkpoint_wrapped_module.", ""): weight
+            for name, weight in model.named_parameters()
+            if not name.startswith(f"{NAME}.")
+        }
+        whole = (
+            (name, weight.full_tensor() if isinstance(weight, DTensor) else weight.detach())
+            for name, weight in weights.items()
+        )
+        if self.main_process:
+            told = [
+                (name, str(x.dtype).removeprefix("torch."), list(x.shape))
+                for name, x in weights.items()
+            ]
+            self.client.update_named_params(told, whole)
+            self.client.reset_prefix_cache()  # its keys and values are of the old weights
+        elif sharded(model):
+            for _ in whole:  # what the main process gathers, all have to give
+                pass
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -167,6 +194,11 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
         "model.generation_config.eos_token_id is None, so no answer would ever end; accepted: a "
         "token, or a list of them"
     )
+
+
+def sharded(model: torch.nn.Module) -> bool:
+    """Whether weights are in parts, one on each process, as those of FSDP2."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def pad_token(model: PreTrainedModel) -> int:

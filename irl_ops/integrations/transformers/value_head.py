@@ -32,8 +32,11 @@ def add_value_head(base: PreTrainedModel) -> None:
             "apply_iqlearn(model, value_head=True) first, then get_peft_model(model, "
             f"LoraConfig(..., modules_to_save=[{NAME!r}]))"
         )
-    weight = cast(Any, base).get_output_embeddings().weight
-    head = nn.Linear(weight.shape[-1], 1, device=weight.device, dtype=weight.dtype)
+    layer = cast(Any, base).get_output_embeddings()
+    weight = layer.weight
+    # ZeRO-3 may have parted the weight already, and left no shape
+    width = getattr(layer, "in_features", None) or weight.shape[-1]
+    head = nn.Linear(width, 1, device=weight.device, dtype=weight.dtype)
     saved = _saved(base) if getattr(base.config, SAVED, False) else None
     if saved is None:
         nn.init.zeros_(head.weight)
