@@ -73,7 +73,7 @@ def test_a_layer_gives_what_its_logits_give() -> None:
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "pallas", "reference"])
 def test_batched_beside_what_is_the_same_for_all(backend: str) -> None:
     """Against the naive statistics and their autograd; with more ids than there are columns."""
     names = ("logprob", "entropy", "log_sum_sq", "mean_logit", "extra_logprob")

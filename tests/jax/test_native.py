@@ -319,6 +319,42 @@ def test_what_does_not_fit_is_refused(kernel, given, out, message, monkeypatch):
         jax.block_until_ready(call(*map(zeros, given.split())))
 
 
+@pytest.mark.parametrize(
+    ("ids", "more", "given", "wanted", "message"),
+    [
+        (
+            "float32[2,1]",
+            "",
+            "",
+            "",
+            r"ids is F32\[2,1\], accepted is S32\[2\] or S64 with one axis",
+        ),
+        ("int32[2,1]", "float32[2,7]", "keep_mask", "", r"keep_mask is F32.*, accepted is PRED"),
+        (
+            "int32[2,1]",
+            "float32[3]",
+            "row_scale",
+            "",
+            r"row_scale is F32\[3\], accepted is F32",
+        ),
+        ("int32[2,1]", "float32[2]", "temperature", "", "given names temperature"),
+        ("int32[2,1]", "float32[2]", "row_scale keep_above", "", "given has 2 names for 1 arrays"),
+        ("int32[2,3]", "", "", "", r"picked is F32\[2,1\], accepted is F32 of the sizes of ids"),
+        ("int32[2,1]", "", "", "top1", r"top1 is F32\[2\], accepted is S32\[2\]"),
+        ("int32[2,1]", "", "", "mean_logit", "one of mean_logit and kept, accepted are both"),
+    ],
+)
+def test_measures_that_do_not_fit_are_refused(ids, more, given, wanted, message, monkeypatch):
+    let_call("xla", monkeypatch)
+    out = [np.zeros(2, np.float32)] * (2 + bool(wanted))
+    out.insert(2, np.zeros((2, 1), np.float32))
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out]
+    call = jax.ffi.ffi_call("irl_ops_row_measures", types)
+    arrays = [zeros("float32[2,7]"), zeros(ids), *map(zeros, more.split())]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(jax.jit(functools.partial(call, given=given, wanted=wanted))(*arrays))
+
+
 def test_what_it_serves_is_said(monkeypatch):
     assert native.unavailable("cpu") is None
     assert "run on the CPU" in native.unavailable("tpu")
