@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.call import Parallel
@@ -88,7 +89,7 @@ class _Rows:
     def __init__(self, logits: Any, shards: Shards) -> None:
         self.mesh, self.placements = logits.device_mesh, logits.placements
         self.whole, self.shards = logits.shape[:-1], shards
-        self.vocab, self.width = logits.shape[-1], logits.to_local().shape[-1]
+        self.vocab = logits.shape[-1]
 
     def option(self, name: str, x: Any) -> Any:
         """What is here of an option."""
@@ -100,7 +101,8 @@ class _Rows:
             return self._redistributed(x, columns=name == "keep_mask")
         x, columns = self._cut(x), self.shards.columns
         if name == "keep_mask" and columns is not None and x.shape[-1] == self.vocab:
-            x = x.narrow(-1, columns.start, self.width)
+            sizes = _sizes(self.vocab, dist.get_world_size(columns.group))
+            x = x.narrow(-1, columns.start, sizes[dist.get_rank(columns.group)])
         return x
 
     def local(self, x: Any) -> Any:
