@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.call import Parallel
@@ -41,10 +42,10 @@ def local_part(
     refuse_told("logits", parallel)
     if options.get("inplace"):
         raise ValueError("inplace=True with logits that are a DTensor; accepted: False")
-    shards, local = placed_shards(logits, parallel.vocab_size), logits.to_local()
-    rows = PlacedRows(logits, shards, local.shape[-1])
+    shards = placed_shards(logits, parallel.vocab_size)
+    rows = PlacedRows(logits, shards)
     given = {name: rows.option(name, x) for name, x in options.items()}
-    return Local(local, rows.local(labels), rows.local(is_expert), given, shards)
+    return Local(logits.to_local(), rows.local(labels), rows.local(is_expert), given, shards)
 
 
 def refuse_told(name: str, parallel: Parallel) -> None:
@@ -91,12 +92,12 @@ def _sizes(length: int, ranks: int) -> tuple[int, ...]:
 
 
 class PlacedRows:
-    """Takes what is here out of the arrays of a call; ``width`` columns are here."""
+    """Takes the rows that are here out of the arrays of a call."""
 
-    def __init__(self, logits: Any, shards: Shards, width: int) -> None:
+    def __init__(self, logits: Any, shards: Shards) -> None:
         self.mesh, self.placements = logits.device_mesh, logits.placements
         self.whole, self.shards = logits.shape[:-1], shards
-        self.vocab, self.width = logits.shape[-1], width
+        self.vocab = logits.shape[-1]
 
     def option(self, name: str, x: Any) -> Any:
         """What is here of an option."""
@@ -108,7 +109,8 @@ class PlacedRows:
             return self._redistributed(x, columns=name == "keep_mask")
         x, columns = self._cut(x), self.shards.columns
         if name == "keep_mask" and columns is not None and x.shape[-1] == self.vocab:
-            x = x.narrow(-1, columns.start, self.width)
+            sizes = _sizes(self.vocab, dist.get_world_size(columns.group))
+            x = x.narrow(-1, columns.start, sizes[dist.get_rank(columns.group)])
         return x
 
     def local(self, x: Any) -> Any:

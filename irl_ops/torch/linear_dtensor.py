@@ -98,8 +98,7 @@ def local_part(
         mesh.get_group(i) for i, p in enumerate(placements)
         if isinstance(p, tensor.Shard) and p.dim % (last + 1) != last
     ]  # fmt: skip
-    weight = _of_columns(weight, mesh, columns, groups)
-    here = PlacedRows(logits, shards, weight.shape[0])
+    here = PlacedRows(logits, shards)
     given = {n: x if n in ("bias", "accumulate") else here.option(n, x) for n, x in options.items()}
     accumulate: Any = given.get("accumulate")
     if is_dtensor(accumulate):
@@ -108,6 +107,7 @@ def local_part(
         given["bias"] = _of_columns(bias, mesh, columns, groups)
     if is_dtensor(hidden):
         hidden = hidden.to_local()
+    weight = _of_columns(weight, mesh, columns, groups)
     return Local(hidden, weight, here.local(labels), here.local(is_expert), given, shards)
 
 
