@@ -23,6 +23,7 @@ CASES = {
     "contiguous, and the end bootstraps": (14, {"boundary": "bootstrap", "entropy_coef": 0.1}, {}),
     "packed and weighted, no logits stored": (16, {}, {"packed": True, "fused_linear": True}),
     "a value head, a count for each rank": (16, {}, {"value_head": True, "average": False}),
+    "a compute_loss_func": (16, {}, {"loss_func": True}),
 }
 
 
@@ -65,7 +66,11 @@ def main(folder: Path) -> None:
     from transformers import Trainer, TrainingArguments
     from transformers.integrations.deepspeed import deepspeed_sp_compute_loss
 
-    from irl_ops.integrations.transformers import IQLearnCallback, apply_iqlearn
+    from irl_ops.integrations.transformers import (
+        IQLearnCallback,
+        apply_iqlearn,
+        iqlearn_loss_func,
+    )
 
     torch.set_num_threads(1)
     attention = SimpleNamespace(**inspect.unwrap(context_parallel).__globals__)
@@ -108,7 +113,11 @@ def main(folder: Path) -> None:
         kind = dict(kind)
         data = data_of(rows, kind.pop("packed", False))
         average = kind.pop("average", True)
-        model = apply_iqlearn(build(), **OPTIONS, **options, **kind)
+        model, loss_func = build(), None
+        if kind.pop("loss_func", False):  # whose labels are not shifted
+            loss_func = iqlearn_loss_func(**OPTIONS, **options)
+        else:
+            model = apply_iqlearn(model, **OPTIONS, **options, **kind)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         arguments = TrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2,
@@ -119,8 +128,11 @@ def main(folder: Path) -> None:
             parallelism_config=ParallelismConfig(cp_size=RANKS),
         )  # fmt: skip
         examples = [{k: x[i] for k, x in data.items()} for i in range(4)]
-        trainer = Trainer(model, arguments, train_dataset=examples, eval_dataset=examples)
-        IQLearnCallback().attach(trainer)
+        trainer = Trainer(
+            model, arguments, train_dataset=examples, eval_dataset=examples,
+            compute_loss_func=loss_func,
+        )  # fmt: skip
+        IQLearnCallback(loss_func).attach(trainer)
         trainer.train()
         after = dict(model.named_parameters())
         update = {name: (before[name] - after[name].detach()) / LR for name in before}
