@@ -27,26 +27,3 @@ class Measures(NamedTuple):
     def wanted(self, entropy: bool) -> tuple[str, ...]:
         """The statistics that the row kernel is asked for."""
         return (("entropy",) if entropy else ()) + self.extras
-
-
-def refuse_over_groups(caller: str, options: dict[str, Any]) -> None:
-    """Raises for what shards of a vocabulary or a sequence do not combine."""
-    asked = [
-        name
-        for name in ("extra_ids", "keep_mask", "keep_above", "extras", "entropy_grad")
-        if options.get(name) is not None and not _usual(options[name])
-    ]
-    heat = options.get("temperature")
-    elsewhere = getattr(getattr(heat, "device", None), "type", "cpu") != "cpu"
-    if getattr(heat, "ndim", 0) > 0 or elsewhere:
-        asked.append("temperature by row or on a device")
-    if asked:
-        raise NotImplementedError(
-            f"{caller} over processes has no {', '.join(asked)}; accepted: a temperature that is "
-            "one number, value, logprob, entropy and reward"
-        )
-
-
-def _usual(x: Any) -> bool:
-    """Whether an option says what it says by itself; no array does."""
-    return x is True or (isinstance(x, tuple | list) and not x)

@@ -63,10 +63,12 @@ from irl_ops.algebra.rows import (
     has_td,
 )
 from irl_ops.algebra.shards import (
+    NO_COLUMN,
     RowStatistics,
     in_order,
     labels_here,
     merge,
+    merge_measures,
     no_columns,
     rows_at,
 )
@@ -78,6 +80,7 @@ __all__ = [
     "BAD_LABEL",
     "BOOTSTRAP",
     "IGNORED",
+    "NO_COLUMN",
     "NO_EDGE",
     "NO_LABEL",
     "NO_TD",
@@ -113,6 +116,7 @@ __all__ = [
     "measure_slopes",
     "measured",
     "merge",
+    "merge_measures",
     "metrics",
     "no_columns",
     "policy_rows",

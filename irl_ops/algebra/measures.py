@@ -18,7 +18,9 @@ from irl_ops.algebra.rows import BAD_LABEL, NO_LABEL
 Array = Any
 
 
-def aligned_ids(xp: Any, labels: Array, extra_ids: Array | None, vocab: int, ignore: int) -> Array:
+def aligned_ids(
+    xp: Any, labels: Array, extra_ids: Array | None, vocab: int | Array, ignore: int
+) -> Array:
     """The aligned labels, then the extra ids, ``[..., T, 1 + K]``.
 
     An extra id outside the vocabulary is none where it is ``ignore``, and bad elsewhere.

@@ -9,6 +9,9 @@ row, alike to the last bit, since all merge the same numbers in the same order::
     logsum  = log sum_r exp(m_r - row_max + s_r)
     entropy = sum_r w_r (h_r - log w_r)
     q[a]    = sum_r q_r[a], of which one is not 0
+    log_sum_sq = log sum_r exp(2 log w_r + log_sum_sq_r)
+    top1       = the first column among those of the shards whose m_r is row_max
+    mean_logit = sum_r n_r mean_r / sum_r n_r   n_r: how many columns shard r has kept
 
 The gradient p_j (A + B log p_j) + C 1{j = a} of a column then needs nothing else: with the whole
 row's ``row_max`` and ``logsum`` the row kernel writes it for the columns it is given. To all shards
@@ -30,6 +33,10 @@ Array = Any
 Scalar = Any
 
 
+NO_COLUMN = 2**31 - 1
+"""``top1`` of a shard without columns."""
+
+
 class RowStatistics(NamedTuple):
     """What the row kernel ``row_stats`` returns: ``[..., T]``, or ``[r, ..., T]`` of r shards."""
 
@@ -40,7 +47,7 @@ class RowStatistics(NamedTuple):
 
 
 def labels_here(xp: Any, labels: Array, start: Scalar, columns: Scalar) -> Array:
-    """Labels as the row kernels of one shard take them, whose first column is ``start``.
+    """Labels, or ids, as the row kernels of one shard take them, whose first column is ``start``.
 
     NO_LABEL where another shard has the label's column, or none has. ``labels`` are global, with
     NO_LABEL and BAD_LABEL as ``align`` leaves them.
@@ -62,19 +69,42 @@ def merge(xp: Any, labels: Array, shards: RowStatistics) -> RowStatistics:
     (all -inf) have -inf for ``row_max`` and ``logsum``; a NaN in any shard makes both NaN or the
     value NaN, as in one piece.
     """
-    row_max = xp.max(shards.row_max, axis=0)
-    origin = xp.where(row_max == -xp.inf, 0.0, row_max)
-    # an empty shard has no mass: -inf, and not -inf - (-inf)
-    mass = xp.where(shards.row_max == -xp.inf, -xp.inf, shards.row_max - origin + shards.logsum)
-    logsum = _log_sum_exp(xp, mass)
-    label_logit = xp.sum(shards.label_logit, axis=0)
-    label_logit = xp.where(labels == BAD_LABEL, xp.nan, label_logit)
-    entropy = None
-    if shards.entropy is not None:
-        share = mass - xp.where(logsum == -xp.inf, 0.0, logsum)
-        terms = xp.exp(share) * (shards.entropy - share)
-        entropy = xp.sum(xp.where(share == -xp.inf, 0.0, terms), axis=0)
+    row_max, logsum, share = _normaliser(xp, shards)
+    label_logit = _picked(xp, labels, shards.label_logit)
+    entropy = None if shards.entropy is None else _entropy(xp, share, shards.entropy)
     return RowStatistics(row_max, logsum, label_logit, entropy)
+
+
+def merge_measures(xp: Any, ids: Array, shards: Any) -> Any:
+    """What the row kernel ``row_measures`` returns, of whole rows from their shards' on axis 0.
+
+    ``ids`` ``[..., T, K]`` are global, and so are the columns in ``top1``. As for ``merge``, but
+    that of a row without mass ``top1`` is its first column, and ``mean_logit`` -inf.
+    """
+    row_max, logsum, share = _normaliser(xp, shards)
+    entropy = log_sum_sq = top1 = mean = kept = None
+    if shards.entropy is not None:
+        entropy = _entropy(xp, share, shards.entropy)
+    if shards.log_sum_sq is not None:
+        squares = xp.where(share == -xp.inf, -xp.inf, 2 * share + shards.log_sum_sq)
+        log_sum_sq = xp.clip(_log_sum_exp(xp, squares), None, 0.0)
+    if shards.top1 is not None:
+        top1 = xp.min(xp.where(shards.row_max == row_max, shards.top1, NO_COLUMN), axis=0)
+        top1 = xp.where(top1 == NO_COLUMN, 0, top1)  # a row with a NaN
+    if shards.mean_logit is not None:
+        kept = xp.sum(shards.kept, axis=0)
+        total = xp.sum(xp.where(shards.kept == 0, 0.0, shards.kept * shards.mean_logit), axis=0)
+        mean = xp.where(kept == 0, -xp.inf, total / xp.where(kept == 0, 1.0, kept))
+    return shards._replace(
+        row_max=row_max,
+        logsum=logsum,
+        picked=_picked(xp, ids, shards.picked),
+        entropy=entropy,
+        log_sum_sq=log_sum_sq,
+        top1=top1,
+        mean_logit=mean,
+        kept=kept,
+    )
 
 
 def in_order(xp: Any, gathered: Array, order: Array | None) -> Array:
@@ -93,6 +123,25 @@ def rows_at(xp: Any, whole: Array, index: Array) -> Array:
     """A device's own rows ``[..., T]`` of the whole ``[..., N]``; ``index`` is theirs in it."""
     shape = (*whole.shape[:-1], index.shape[-1])
     return xp.take_along_axis(whole, xp.broadcast_to(index, shape), axis=-1)
+
+
+def _normaliser(xp: Any, shards: Any) -> tuple[Array, Array, Array]:
+    """``row_max`` and ``logsum`` of whole rows, and log w of every shard: -inf without mass."""
+    row_max = xp.max(shards.row_max, axis=0)
+    origin = xp.where(row_max == -xp.inf, 0.0, row_max)
+    # an empty shard has no mass: -inf, and not -inf - (-inf)
+    mass = xp.where(shards.row_max == -xp.inf, -xp.inf, shards.row_max - origin + shards.logsum)
+    logsum = _log_sum_exp(xp, mass)
+    return row_max, logsum, mass - xp.where(logsum == -xp.inf, 0.0, logsum)
+
+
+def _picked(xp: Any, ids: Array, shards: Array) -> Array:
+    return xp.where(ids == BAD_LABEL, xp.nan, xp.sum(shards, axis=0))
+
+
+def _entropy(xp: Any, share: Array, shards: Array) -> Array:
+    terms = xp.exp(share) * (shards - share)
+    return xp.sum(xp.where(share == -xp.inf, 0.0, terms), axis=0)
 
 
 def _log_sum_exp(xp: Any, x: Array) -> Array:

@@ -25,7 +25,7 @@ from irl_ops.jax.options import (
 )
 from irl_ops.jax.program import computed_in, heads_of, join, objective, part, whole
 from irl_ops.jax.scalar_loss import transition
-from irl_ops.jax.tokens import TokenStats, fields
+from irl_ops.jax.tokens import TokenStats, fields, measured_fields
 from irl_ops.options import signature
 
 
@@ -332,8 +332,10 @@ def _run_stats(form: Form, static: Any, layer: Layer, labels: jax.Array, traced:
     placed, dtype = join(static, traced), computed_in(layer.hidden)
     layer = layer.alike(labels)
     rows, call, own, columns = whole(labels, layer.weight.shape[0], placed)
-    if not call.measures.plain:  # on one device
-        return fields(call, rows, *linear_measures.statistics(form, call, layer, rows), dtype)
+    if not call.measures.plain:
+        mine = own.own(rows.labels)
+        ids, found = linear_measures.of_layer(form, call, layer, mine, columns)
+        return measured_fields(call, rows, own, ids, found, dtype)
     stats = statistics(form, call.entropy, layer, rows, own, columns)
-    mine: TokenStats = own.own(fields(call, rows, stats, {}, dtype))
-    return mine
+    here: TokenStats = own.own(fields(call, rows, stats, dtype))
+    return here

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from jax import lax
 
-from irl_ops import algebra
 from irl_ops.call import StatsCall
 from irl_ops.jax import measures
 from irl_ops.jax.backends import BACKENDS, dispatch
@@ -18,52 +17,66 @@ from irl_ops.jax.linear_loss import Form, gradient_of
 from irl_ops.jax.measures import KERNEL, View
 from irl_ops.jax.program import computed_in
 from irl_ops.jax.rows import once
+from irl_ops.jax.shards import Columns
 from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 
 
-def statistics(
-    form: Form, call: StatsCall, layer: Layer, rows: algebra.Rows
-) -> tuple[algebra.Statistics, dict[str, jax.Array | None]]:
-    """Row statistics and the fields beyond them, differentiable by the layer."""
-    ids = measures.ids_of(call, rows, layer.weight.shape[0])
-    view = measures.view_of(call, rows.labels.shape, computed_in(layer.hidden))
+def of_layer(
+    form: Form, call: StatsCall, layer: Layer, labels: jax.Array, columns: Columns
+) -> tuple[jax.Array, RowMeasures]:
+    """As ``irl_ops.jax.measures.of_logits``, differentiable by the layer."""
+    ids = measures.ids_of(call, labels, columns.vocabulary(layer.weight.shape[0]))
+    view = measures.view_of(call, labels.shape, computed_in(layer.hidden))
     wanted = call.measures.wanted(call.entropy)
-    return measures.named(call, ids, row_measures(form, wanted, layer, ids, view))
+    return ids, row_measures(form, wanted, layer, ids, view, columns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def row_measures(
-    form: Form, wanted: tuple[str, ...], layer: Layer, ids: jax.Array, view: View
+    form: Form,
+    wanted: tuple[str, ...],
+    layer: Layer,
+    ids: jax.Array,
+    view: View,
+    columns: Columns,
 ) -> RowMeasures:
     """As ``irl_ops.jax.measures.row_measures``, of the layer's logits."""
 
     def by(name: str) -> Any:
         return functools.partial(_measures, BACKENDS[name], form, wanted)
 
-    found: RowMeasures = dispatch(form.backend, by, layer, ids, view, kernel=KERNEL)
-    return found
+    own, width = columns.own(ids, layer.weight.shape[0]), layer.weight.shape[0]
+    found = dispatch(form.backend, by, layer, own, view, columns, kernel=KERNEL)
+    whole: RowMeasures = columns.merged_measures(ids, found, width)
+    return whole
 
 
 def _forward(
-    form: Form, wanted: tuple[str, ...], layer: Layer, ids: jax.Array, view: View
+    form: Form,
+    wanted: tuple[str, ...],
+    layer: Layer,
+    ids: jax.Array,
+    view: View,
+    columns: Columns,
 ) -> tuple[RowMeasures, tuple[Any, ...]]:
     layer = jax.tree.map(once, layer)
-    found = row_measures(form, wanted, layer, ids, view)
-    return found, (layer, ids, view, found)
+    found = row_measures(form, wanted, layer, ids, view, columns)
+    return found, (layer, ids, view, columns, found)
 
 
 def _backward(
     form: Form, wanted: tuple[str, ...], saved: tuple[Any, ...], above: RowMeasures
 ) -> tuple[Any, ...]:
-    layer, ids, view, found = saved
+    layer, ids, view, columns, found = saved
 
     def by(name: str) -> Any:
         return functools.partial(_gradients, BACKENDS[name], form)
 
-    slopes = measures.slopes_of(found, above)
-    given = (layer, ids, found.row_max, found.logsum, slopes, view)
+    own = columns.own(ids, layer.weight.shape[0])
+    slopes = measures.slopes_of(found, above, columns)
+    given = (layer, own, found.row_max, found.logsum, slopes, view, columns)
     dhidden, sums = dispatch(form.backend, by, *given, kernel=KERNEL)
-    return gradient_of(dhidden, sums, 1.0), None, None
+    return gradient_of(dhidden, sums, 1.0), None, None, None
 
 
 row_measures.defvjp(_forward, _backward)
@@ -76,13 +89,14 @@ def _measures(
     layer: Layer,
     ids: jax.Array,
     view: View,
+    columns: Columns,
 ) -> RowMeasures:
     flat, shape = layer.flat(), ids.shape[:-1]
     seen = _rows(len(shape), (ids, view))
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
         hidden, (ids, view) = _window((flat.hidden, seen), start, size)
-        x = logits_of(hidden, flat)
+        x = columns.masked(logits_of(hidden, flat))
         found = kernels.row_measures(x, ids, wanted, **view._asdict(), **form.readout.keywords)
         return None, found
 
@@ -100,13 +114,14 @@ def _gradients(
     logsum: jax.Array,
     slopes: Slopes,
     view: View,
+    columns: Columns,
 ) -> tuple[jax.Array, Sums]:
     flat = layer.flat()
     seen = _rows(ids.ndim - 1, (ids, row_max, logsum, slopes, view))
 
     def body(sums: Sums, start: Any, size: int) -> tuple[Sums, jax.Array]:
         hidden, (*given, view) = _window((flat.hidden, seen), start, size)
-        x = logits_of(hidden, flat)
+        x = columns.masked(logits_of(hidden, flat))
         dx = kernels.row_measures_grad(x, *given, **view._asdict(), **form.readout.keywords)
         return sums.add(dx, hidden, flat)
 

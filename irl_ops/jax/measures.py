@@ -13,6 +13,7 @@ from irl_ops.call import StatsCall
 from irl_ops.jax.backends import BACKENDS, dispatch
 from irl_ops.jax.program import computed_in
 from irl_ops.jax.rows import constant, once
+from irl_ops.jax.shards import Columns, Rows
 from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.measures import EXTRAS
 from irl_ops.readout import Readout
@@ -37,9 +38,20 @@ class View(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def row_measures(form: Form, logits: jax.Array, ids: jax.Array, view: View) -> RowMeasures:
-    """See ``irl_ops.kernels.reference.measures``; ``row_max`` counts as a constant."""
+def row_measures(
+    form: Form, logits: jax.Array, ids: jax.Array, view: View, columns: Columns
+) -> RowMeasures:
+    """See ``irl_ops.kernels.reference.measures``; ``row_max`` counts as a constant.
 
+    Where the columns are spread over devices, ids and measures are those of whole rows, and logits
+    and mask those of the columns here.
+    """
+    return _measures(form, columns.masked(logits), ids, view, columns)
+
+
+def _measures(
+    form: Form, logits: jax.Array, ids: jax.Array, view: View, columns: Columns
+) -> RowMeasures:
     def by(name: str) -> Any:
         def run(logits: jax.Array, ids: jax.Array, view: View) -> RowMeasures:
             measures: RowMeasures = BACKENDS[name].row_measures(
@@ -49,20 +61,22 @@ def row_measures(form: Form, logits: jax.Array, ids: jax.Array, view: View) -> R
 
         return run
 
-    found: RowMeasures = dispatch(form.backend, by, logits, ids, view, kernel=KERNEL)
-    return found
+    own, width = columns.own(ids, logits.shape[-1]), logits.shape[-1]
+    found = dispatch(form.backend, by, logits, own, view, kernel=KERNEL)
+    whole: RowMeasures = columns.merged_measures(ids, found, width)
+    return whole
 
 
 def _forward(
-    form: Form, logits: jax.Array, ids: jax.Array, view: View
+    form: Form, logits: jax.Array, ids: jax.Array, view: View, columns: Columns
 ) -> tuple[RowMeasures, tuple[Any, ...]]:
-    logits = once(logits)
-    found = row_measures(form, logits, ids, view)
-    return found, (logits, ids, view, found)
+    logits = columns.masked(once(logits))
+    found = _measures(form, logits, ids, view, columns)
+    return found, (logits, ids, view, columns, found)
 
 
 def _backward(form: Form, saved: tuple[Any, ...], above: RowMeasures) -> tuple[Any, ...]:
-    logits, ids, view, found = saved
+    logits, ids, view, columns, found = saved
 
     def by(name: str) -> Any:
         def run(
@@ -80,25 +94,28 @@ def _backward(form: Form, saved: tuple[Any, ...], above: RowMeasures) -> tuple[A
 
         return run
 
-    slopes = slopes_of(found, above)
-    given = (logits, ids, found.row_max, found.logsum, slopes, view)
-    return dispatch(form.backend, by, *given, kernel=KERNEL), None, None
+    own, slopes = columns.own(ids, logits.shape[-1]), slopes_of(found, above, columns)
+    given = (logits, own, found.row_max, found.logsum, slopes, view)
+    return dispatch(form.backend, by, *given, kernel=KERNEL), None, None, None
 
 
 row_measures.defvjp(_forward, _backward)
 
 
-def slopes_of(found: RowMeasures, above: RowMeasures) -> Slopes:
+def slopes_of(found: RowMeasures, above: RowMeasures, columns: Columns) -> Slopes:
     """The coefficients of the gradient, from the gradients by the measures."""
-    given = (above.logsum, above.entropy, above.log_sum_sq, above.mean_logit)
+    logsum, picked, entropy, log_sum_sq, mean = columns.above(
+        above.logsum, above.picked, above.entropy, above.log_sum_sq, above.mean_logit
+    )
+    given = (logsum, entropy, log_sum_sq, mean)
     a, b, d, e = algebra.measure_slopes(jnp, found.entropy, found.log_sum_sq, found.kept, given)
-    return Slopes(a, b, above.picked, d, e)
+    return Slopes(a, b, picked, d, e)
 
 
-def ids_of(call: StatsCall, rows: algebra.Rows, vocab: int) -> jax.Array:
+def ids_of(call: StatsCall, labels: jax.Array, vocab: int) -> jax.Array:
     """The labels and the extra ids."""
     ids: jax.Array = algebra.aligned_ids(
-        jnp, rows.labels, call.measures.extra_ids, vocab, call.sequence.ignore_index
+        jnp, labels, call.measures.extra_ids, vocab, call.sequence.ignore_index
     )
     return ids
 
@@ -114,23 +131,33 @@ def view_of(call: StatsCall, shape: tuple[int, ...], dtype: Any) -> View:
     return View(heat, None if mask is None else jnp.asarray(mask), above)
 
 
-def statistics(
-    call: StatsCall, logits: jax.Array, rows: algebra.Rows
-) -> tuple[algebra.Statistics, dict[str, jax.Array | None]]:
-    """Row statistics, and the fields of ``TokenStats`` beyond them; differentiable."""
-    ids = ids_of(call, rows, logits.shape[-1])
-    view = view_of(call, rows.labels.shape, computed_in(logits))
+def of_logits(
+    call: StatsCall, logits: jax.Array, labels: jax.Array, columns: Columns
+) -> tuple[jax.Array, RowMeasures]:
+    """The ids and the measures of the rows here, from their aligned labels; differentiable."""
+    ids = ids_of(call, labels, columns.vocabulary(logits.shape[-1]))
+    view = view_of(call, labels.shape, computed_in(logits))
     form = Form(call.measures.wanted(call.entropy), call.backend, call.readout)
-    return named(call, ids, row_measures(form, logits, ids, view))
+    return ids, row_measures(form, logits, ids, view, columns)
 
 
-def named(
-    call: StatsCall, ids: jax.Array, found: RowMeasures
-) -> tuple[algebra.Statistics, dict[str, jax.Array | None]]:
-    """The measures under their names in ``TokenStats``."""
+def label_statistics(rows: algebra.Rows, own: Rows, found: RowMeasures) -> algebra.Statistics:
+    """What the rows of whole sequences have to know of each other."""
+    row_max, logsum, picked = own.whole((found.row_max, found.logsum, found.picked[..., 0]))
+    ids, picked = rows.labels[..., None], picked[..., None]
+    stats: algebra.Statistics = algebra.measured(jnp, ids, row_max, logsum, picked, None)[0]
+    return stats
+
+
+def named(call: StatsCall, ids: jax.Array, found: RowMeasures) -> dict[str, Any]:
+    """The measures under their names in ``TokenStats``, where they are the row's own."""
     asked = call.measures
-    stats, extra = algebra.measured(
-        jnp, ids, found.row_max, found.logsum, found.picked, found.entropy
-    )
-    more = {name: getattr(found, name) if name in asked.extras else None for name in EXTRAS}
-    return stats, more | {"extra_logprob": None if asked.extra_ids is None else extra}
+    _, extra = algebra.measured(jnp, ids, found.row_max, found.logsum, found.picked, None)
+    more: dict[str, Any] = {
+        name: getattr(found, name) if name in asked.extras else None for name in EXTRAS
+    }
+    more["extra_logprob"] = None if asked.extra_ids is None else extra
+    entropy = found.entropy
+    if entropy is not None and not asked.entropy_grad:
+        entropy = jax.lax.stop_gradient(entropy)
+    return more | {"entropy": entropy}

@@ -42,7 +42,7 @@ def part(call: Any, parallel: Parallel, logits: Any) -> tuple[Any, Any]:
     backend = serving(call.backend, logits)
     measures = getattr(call, "measures", None)
     if measures is not None and not measures.plain:
-        refuse_measures(backend, parallel)
+        refuse_measures(backend)
     placed = Placed(call._replace(backend=backend), parallel)
     return _half(placed, True), _half(placed, False)
 
@@ -78,14 +78,8 @@ def serving(backend: str, logits: Any) -> str:
     return "reference"
 
 
-def refuse_measures(backend: str, parallel: Parallel) -> None:
-    """Raises over devices, and where a backend that was named has plain row kernels alone."""
-    if parallel.vocab_group is not None or parallel.sequence_group is not None:
-        raise NotImplementedError(
-            "vocab_axis or sequence_axis with extra_ids, keep_mask, keep_above, extras or a "
-            "temperature that is an array; accepted: a temperature that is one number, value, "
-            "logprob, entropy and reward"
-        )
+def refuse_measures(backend: str) -> None:
+    """Raises where a backend that was named has plain row kernels alone."""
     if backend != "auto" and not hasattr(BACKENDS[backend], "row_measures"):
         raise ValueError(
             f"backend {backend!r} has no kernels for a temperature by row, extra_ids, keep_mask, "

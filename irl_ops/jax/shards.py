@@ -75,6 +75,20 @@ class Columns:
         parts = [*jnp.moveaxis(every, 1, 0), None]
         return tuple(shards.merge(jnp, labels, shards.RowStatistics(*parts[:4])))
 
+    def merged_measures(self, ids: jax.Array, found: Any, width: int) -> Any:
+        """The fields of ``RowMeasures``, of whole rows: by one collective, and one for ``top1``."""
+        if self.axis is None:
+            return found
+        apart = ("picked", "top1")
+        names = [n for n, x in found._asdict().items() if x is not None and n not in apart]
+        vectors = jnp.stack([getattr(found, n) for n in names], -1)
+        every = private.gather(jnp.concatenate([vectors, found.picked], -1), self.axis)
+        given = {n: every[..., i] for i, n in enumerate(names)}
+        if found.top1 is not None:
+            given["top1"] = private.gather(found.top1 + self._first(width), self.axis)
+        parts = found._replace(picked=every[..., len(names) :], **given)
+        return shards.merge_measures(jnp, ids, parts)
+
     def summed(self, labels: jax.Array, picked: jax.Array) -> jax.Array:
         """The labels' logits of whole rows, which are 0 where another device has the column."""
         if self.axis is None:

@@ -15,6 +15,8 @@ from irl_ops.jax.arguments import Array, arguments
 from irl_ops.jax.options import StatsOptions
 from irl_ops.jax.program import computed_in, heads_of, join, part, whole
 from irl_ops.jax.scalar_loss import statistics, transition
+from irl_ops.jax.shards import Rows
+from irl_ops.kernels.reference.measures import RowMeasures
 from irl_ops.options import signature
 
 
@@ -98,7 +100,8 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
             has the log-likelihood -inf; a row of which nothing is kept has the value -inf, the
             entropy 0, and gradient 0.
         extras: names among "log_sum_sq", "top1" and "mean_logit", fields of the result.
-        vocab_axis: axis along which the columns are sharded.
+        vocab_axis: axis along which the columns are sharded. Labels and ids are those of the
+            whole vocabulary, ``keep_mask`` is that of the columns here.
         vocab_start: the first column here.
         vocab_size: columns without padding.
         sequence_axis: axis along which the rows are sharded; the results are those of the rows
@@ -130,21 +133,19 @@ def token_stats(logits: Array, labels: Array, **options: Unpack[StatsOptions[Arr
 def _run(static: Any, logits: jax.Array, labels: jax.Array, traced: Any) -> TokenStats:
     placed, dtype = join(static, traced), computed_in(logits)
     rows, call, own, columns = whole(labels, logits.shape[-1], placed)
-    if not call.measures.plain:  # on one device
-        return fields(call, rows, *measures.statistics(call, logits, rows), dtype)
+    if not call.measures.plain:
+        labels = own.own(rows.labels)
+        ids, found = measures.of_logits(call, logits, labels, columns)
+        return measured_fields(call, rows, own, ids, found, dtype)
     stats = statistics(logits, rows, own, columns, call.entropy, call.backend, call.readout)
-    mine: TokenStats = own.own(fields(call, rows, stats, {}, dtype))
+    mine: TokenStats = own.own(fields(call, rows, stats, dtype))
     return mine
 
 
 def fields(
-    call: StatsCall,
-    rows: algebra.Rows,
-    stats: algebra.Statistics,
-    more: dict[str, jax.Array | None],
-    dtype: Any,
+    call: StatsCall, rows: algebra.Rows, stats: algebra.Statistics, dtype: Any
 ) -> TokenStats:
-    """The result, from the statistics of the rows."""
+    """The result of whole sequences, from the statistics of their rows."""
     step = transition(rows, stats, jnp.asarray(call.gamma, dtype), heads_of(call.heads, dtype))
     entropy = stats.entropy
     if entropy is not None and not call.measures.entropy_grad:
@@ -157,5 +158,18 @@ def fields(
         step.next_value,
         rows.kind,
         stats.correct,
-        **more,
     )
+
+
+def measured_fields(
+    call: StatsCall,
+    rows: algebra.Rows,
+    own: Rows,
+    ids: jax.Array,
+    found: RowMeasures,
+    dtype: Any,
+) -> TokenStats:
+    """The result of the rows here, from their measures; no device needs all of those of others."""
+    stats = measures.label_statistics(rows, own, found)
+    mine: TokenStats = own.own(fields(call, rows, stats, dtype))
+    return mine._replace(**measures.named(call, ids, found))

@@ -27,7 +27,7 @@ def gather(
     device = arrays[0].device
     words = [torch.full((1,), word, dtype=torch.int64, device=device) for word in head]
     packed = [torch.cat(words), *arrays]
-    message = torch.cat([x.reshape(-1).view(torch.uint8) for x in packed])
+    message = torch.cat([_bytes(x) for x in packed])
     ranks = dist.get_world_size(group)
     found = message.new_empty(ranks * message.shape[0])
     _all_gather(found, message, group)
@@ -98,6 +98,13 @@ def word(x: Any) -> int:
     """63 bits that stand for the ``repr`` of something, in every process alike."""
     digest = hashlib.blake2b(repr(x).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _bytes(x: Tensor) -> Tensor:
+    flat = x.reshape(-1)
+    if flat.stride(0) != 1:  # which a single element may have, and is contiguous still
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def _all_gather(found: Tensor, message: Tensor, group: Group) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.call import Parallel
@@ -43,7 +44,7 @@ def local_part(
         raise ValueError("inplace=True with logits that are a DTensor; accepted: False")
     shards = placed_shards(logits, parallel.vocab_size)
     rows = PlacedRows(logits, shards)
-    given = {name: rows.local(x) if name != "cu_seqlens" else x for name, x in options.items()}
+    given = {name: rows.option(name, x) for name, x in options.items()}
     return Local(logits.to_local(), rows.local(labels), rows.local(is_expert), given, shards)
 
 
@@ -96,31 +97,50 @@ class PlacedRows:
     def __init__(self, logits: Any, shards: Shards) -> None:
         self.mesh, self.placements = logits.device_mesh, logits.placements
         self.whole, self.shards = logits.shape[:-1], shards
+        self.vocab = logits.shape[-1]
+
+    def option(self, name: str, x: Any) -> Any:
+        """What is here of an option."""
+        if name == "cu_seqlens":
+            return x
+        if name not in ("extra_ids", "keep_mask") or not isinstance(x, Tensor):
+            return self.local(x)
+        if is_dtensor(x):
+            return self._redistributed(x, columns=name == "keep_mask")
+        x, columns = self._cut(x), self.shards.columns
+        if name == "keep_mask" and columns is not None and x.shape[-1] == self.vocab:
+            sizes = _sizes(self.vocab, dist.get_world_size(columns.group))
+            x = x.narrow(-1, columns.start, sizes[dist.get_rank(columns.group)])
+        return x
 
     def local(self, x: Any) -> Any:
         """The rows here of an array ``[..., T]``, or ``[...]``; anything else as it is."""
         if not isinstance(x, Tensor) or x.ndim not in (len(self.whole), len(self.whole) - 1):
             return x
-        if is_dtensor(x):
-            return self._redistributed(x)
-        if x.ndim == 0 or x.shape != self.whole[: x.ndim]:
+        return self._redistributed(x) if is_dtensor(x) else self._cut(x)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        axes = min(x.ndim, len(self.whole))
+        if x.ndim == 0 or x.shape[:axes] != self.whole[:axes]:
             return x
         for cut in self.shards.cuts:  # all rows are given: no process has to tell another
             axis = cut.axis + len(self.whole)
-            if axis < x.ndim and cut.sizes:
+            if axis < axes and cut.sizes:
                 rank = self.mesh.get_local_rank(self._dimension(axis))
                 x = x.narrow(axis, sum(cut.sizes[:rank]), cut.sizes[rank])
         return x
 
-    def _redistributed(self, x: Any) -> Tensor:
+    def _redistributed(self, x: Any, columns: bool = True) -> Tensor:
+        """Placed as the logits are; without ``columns`` nothing of the last axis is cut."""
         tensor: Any = sys.modules[_MODULE]
         if x.device_mesh != self.mesh:
             raise ValueError(
                 f"an array is a DTensor on {x.device_mesh}; accepted: {self.mesh}, where the "
                 "logits are"
             )
+        axes = x.ndim if columns else x.ndim - 1
         wanted = [
-            p if isinstance(p, tensor.Shard) and p.dim % (len(self.whole) + 1) < x.ndim
+            p if isinstance(p, tensor.Shard) and p.dim % (len(self.whole) + 1) < axes
             else tensor.Replicate()
             for p in self.placements
         ]  # fmt: skip

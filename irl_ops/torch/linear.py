@@ -22,7 +22,7 @@ from irl_ops.torch.options import (
     LinearStatsOptions,
 )
 from irl_ops.torch.parallel import is_dtensor, is_parallel
-from irl_ops.torch.tokens import TokenStats
+from irl_ops.torch.token_fields import TokenStats
 
 
 @overload
@@ -260,10 +260,9 @@ def linear_token_stats(
     """
     given: dict[str, Any] = dict(options)
     if is_parallel(hidden, given) or is_dtensor(weight):
-        fields = sharded_linear.stats_of_shards(
+        return sharded_linear.stats_of_shards(
             "linear_token_stats", LinearStatsOptions, hidden, weight, labels, given
         )
-        return TokenStats(*fields)  # type: ignore[arg-type]
     layer = arguments.layer(hidden, weight, given)
     call = read_stats(
         "linear_token_stats", LinearStatsOptions, arguments, _Logits(layer), labels, given

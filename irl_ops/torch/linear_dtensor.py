@@ -99,10 +99,7 @@ def local_part(
         if isinstance(p, tensor.Shard) and p.dim % (last + 1) != last
     ]  # fmt: skip
     here = PlacedRows(logits, shards)
-    given = {
-        n: x if n in ("cu_seqlens", "bias", "accumulate") else here.local(x)
-        for n, x in options.items()
-    }
+    given = {n: x if n in ("bias", "accumulate") else here.option(n, x) for n, x in options.items()}
     accumulate: Any = given.get("accumulate")
     if is_dtensor(accumulate):
         given["accumulate"] = accumulate.to_local()

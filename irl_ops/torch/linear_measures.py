@@ -33,7 +33,7 @@ def statistics(
         layer.hidden.flatten(0, -2), layer.weight, layer.bias, ids.flatten(0, -2), *view, total,
         ",".join(wanted), layer.chunk, accumulate, *layer[5:], backend,
     )  # fmt: skip
-    present = {"row_max", "logsum", "picked", *wanted}
+    present = measures.present(wanted)
     shaped = (
         x.view(*shape, *x.shape[1:]) if name in present else x
         for name, x in zip(RowMeasures._fields, found, strict=True)

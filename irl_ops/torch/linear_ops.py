@@ -22,7 +22,7 @@ from irl_ops.torch.linear_arguments import Layer
 from irl_ops.torch.needed import Selection, needed
 from irl_ops.torch.refusals import refuse_second_derivative
 from irl_ops.torch.stepwise import in_dtype
-from irl_ops.torch.tokens import TokenStats, fields
+from irl_ops.torch.token_fields import TokenStats, fields
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 

@@ -39,6 +39,11 @@ class View(NamedTuple):
             None if above is None else above.flatten(),
         )
 
+    def columns(self, width: int) -> View:
+        """Of the first columns."""
+        mask = self.keep_mask
+        return self._replace(keep_mask=None if mask is None else mask[..., :width])
+
     def part(self, rows: slice) -> View:
         """Of some of the rows."""
         return View(*(None if x is None else x[rows] for x in self))
@@ -115,19 +120,27 @@ def _(logits: Tensor, *given: Any) -> Tensor:
 @torch.library.custom_op("irl_ops::check_ids", mutates_args=())
 def check_ids(ids: Tensor, given: Tensor, vocab: int, ignore_index: int) -> Tensor:
     """``ids`` again, or an error that names the bad one among the ``given`` extra ids."""
-    bad = ids[..., 1:] == algebra.BAD_LABEL
-    if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"extra_ids[{', '.join(map(str, position))}] is {int(given[position])}; accepted: 0 to "
-            f"{vocab - 1} (the logits have {vocab} columns) and ignore_index={ignore_index}"
-        )
+    error = wrong_id(ids, given, vocab, ignore_index)
+    if error is not None:
+        raise error
     return ids.clone()
 
 
 @check_ids.register_fake
 def _(ids: Tensor, given: Tensor, vocab: int, ignore_index: int) -> Tensor:
     return torch.empty_like(ids)
+
+
+def wrong_id(ids: Tensor, given: Tensor, vocab: int, ignore_index: int) -> IndexError | None:
+    """The error for the first bad one among the extra ids."""
+    bad = ids[..., 1:] == algebra.BAD_LABEL
+    if not bad.any():
+        return None
+    position = tuple(bad.nonzero()[0].tolist())
+    return IndexError(
+        f"extra_ids[{', '.join(map(str, position))}] is {int(given[position])}; accepted: 0 to "
+        f"{vocab - 1} (the logits have {vocab} columns) and ignore_index={ignore_index}"
+    )
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -209,6 +222,12 @@ def named(
     asked = call.measures
     more = {name: getattr(found, name) if name in asked.extras else None for name in EXTRAS}
     return stats, more | {"extra_logprob": None if asked.extra_ids is None else extra}
+
+
+def present(wanted: tuple[str, ...]) -> set[str]:
+    """The fields of ``RowMeasures`` that are not None."""
+    found = {"row_max", "logsum", "picked", *wanted}
+    return found | {"kept"} if "mean_logit" in wanted else found
 
 
 def names_in(wanted: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from irl_ops.call import Parallel
+from irl_ops.measures import Measures
 from irl_ops.options import Function
 from irl_ops.torch.arguments import TorchArguments
 from irl_ops.torch.collectives import Group
@@ -82,10 +83,12 @@ class ParallelArguments(TorchArguments):
 
     Attributes:
         rows: the length of the whole sequence, which ``cu_seqlens`` are offsets of.
+        columns: how many of the vocabulary are here, padding included.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
+        self.columns = 0
 
     def check_logits(self, logits: Any, labels: Any) -> None:
         """``logits`` stand for the shape of the whole; they themselves were checked before."""
@@ -107,6 +110,10 @@ class ParallelArguments(TorchArguments):
         else:
             self.check_logits(logits, labels)
 
+    def measures(self, logits: Any, labels: Any, given: Measures) -> tuple[Any, Measures]:
+        """The checks of all frameworks; a mask is one of the columns that are here."""
+        return super().measures(Whole(logits, self.columns), labels, given)
+
     def _check_offsets(self, cu_seqlens: Any, labels: Any) -> None:
         whole = labels if labels.ndim != 1 else labels.new_empty(()).expand(self.rows)
         super()._check_offsets(cu_seqlens, whole)
@@ -115,7 +122,7 @@ class ParallelArguments(TorchArguments):
 class Whole:
     """The shape and place of the whole of logits, or hidden states, that are on many devices."""
 
-    def __init__(self, here: Tensor, columns: int) -> None:
+    def __init__(self, here: Any, columns: int) -> None:
         self.shape = (*here.shape[:-1], columns)
         self.ndim, self.dtype, self.device = len(self.shape), here.dtype, here.device
 

@@ -26,14 +26,16 @@ from irl_ops.algebra import (
     Weighting,
 )
 from irl_ops.call import Call, StatsCall
+from irl_ops.kernels.reference.measures import RowMeasures
 from irl_ops.options import DEFAULTS, names_in
-from irl_ops.torch import collectives, traced
+from irl_ops.torch import collectives, measures, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.needed import needed
 from irl_ops.torch.parallel import ANY_LABEL, Cut, Shards, whole_rows
 from irl_ops.torch.rows import Gather, is_contiguous, is_order, next_labels, own
 from irl_ops.torch.shards import Reading, refuse_other_options
 from irl_ops.torch.stepwise import in_dtype
+from irl_ops.torch.token_fields import TokenStats, fields
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 NUMBERS = ("lam", "gamma", "alpha", "entropy_coef", "z_loss", "num_items")
@@ -42,8 +44,20 @@ APART = (  # what ranks may have different, or have compared elsewhere
     "accumulate",
 )  # fmt: skip
 
-Read = Callable[[Tensor, Reading, Tensor | None], tuple[RowStatistics, int | Tensor]]
-"""``read(labels, how, wanted)``: statistics of the rows here, and the columns of the vocabulary."""
+
+class Seen(NamedTuple):
+    """What was read of the rows here."""
+
+    statistics: RowStatistics
+    columns: int | Tensor  # of the vocabulary
+    wrong: IndexError | None = None  # for what the labels don't show; raised once all ranks know
+
+
+Read = Callable[[Tensor, Reading, Tensor | None], Seen]
+"""``read(labels, how, wanted)``: the labels and which rows are wanted are those here."""
+
+Measure = Callable[[Tensor, Reading], tuple[RowMeasures, Tensor, int | Tensor]]
+"""``measure(labels, how)``: measures of the rows here, their ids, the columns of the vocabulary."""
 
 
 class Part(NamedTuple):
@@ -81,6 +95,8 @@ def part_of(
         "is_expert": _form(is_expert),
         "dtype": str(here.dtype),
     }
+    if given.get("extra_ids") is not None:
+        facts["the number of extra_ids"] = tuple(given["extra_ids"].shape[-1:])
     for name, x in given.items():
         if name in NUMBERS:
             facts[name] = _form(x, lambda number: number != 0)
@@ -123,23 +139,43 @@ def loss(call: Call, part: Part, read: Read, reading: Reading, drop: bool = Fals
         return total, algebra.metrics(xp, rows.kind, weights, stats, step)
 
 
-def token_stats(
-    call: StatsCall, part: Part, read: Read, reading: Reading
-) -> tuple[Tensor | None, ...]:
-    """The fields of ``irl_ops.torch.TokenStats``, of the rows that are here; differentiable."""
+def token_stats(call: StatsCall, part: Part, read: Read, reading: Reading) -> TokenStats:
+    """Those of the rows that are here; differentiable."""
     call, rows, found = _whole(call, part, read, reading, True, False)
-    stats = algebra.statistics(xp, rows.labels, *found)
-    step = traced.transition(rows, stats, call.gamma, call.heads)
-    fields = (
-        step.value,
-        stats.logprob,
-        stats.entropy,
-        step.reward,
-        step.next_value,
-        rows.kind,
-        stats.correct,
+    whole = fields(call, rows, algebra.statistics(xp, rows.labels, *found), {})
+    return _own_fields(part, whole)
+
+
+def token_measures(call: StatsCall, part: Part, measure: Measure, reading: Reading) -> TokenStats:
+    """The same, with all that a call can ask for; no process needs that of the others' rows."""
+    box: list[Any] = []
+
+    def read(labels: Tensor, how: Reading, wanted: Tensor | None) -> Seen:
+        measured, ids, columns = measure(labels, how)
+        box.extend(measures.named(call, ids, measured))
+        found = RowStatistics(measured.row_max, measured.logsum, measured.picked[..., 0], None)
+        return Seen(found, columns, _wrong_id(call, ids, columns))
+
+    whole_call, rows, (row_max, logsum, label_logit, _) = _whole(
+        call, part, read, reading, True, False
     )
-    return tuple(None if x is None else _own(part, x) for x in fields)
+    ids, picked = rows.labels[..., None], label_logit[..., None]
+    stats, _ = algebra.measured(xp, ids, row_max, logsum, picked, None)
+    mine, more = box
+    found = _own_fields(part, fields(whole_call, rows, stats, {}))
+    grad = mine.entropy is None or call.measures.entropy_grad
+    return found._replace(entropy=mine.entropy if grad else mine.entropy.detach(), **more)
+
+
+def _wrong_id(call: StatsCall, ids: Tensor, columns: int | Tensor) -> IndexError | None:
+    extra = call.measures.extra_ids
+    if extra is None or extra.device.type != "cpu":
+        return None
+    return measures.wrong_id(ids, extra, int(columns), call.sequence.ignore_index)
+
+
+def _own_fields(part: Part, whole: TokenStats) -> TokenStats:
+    return TokenStats(*(None if x is None else _own(part, x) for x in whole))  # type: ignore[arg-type]
 
 
 def _whole(
@@ -164,7 +200,9 @@ def _whole(
         if shift:  # one label crosses each edge; those of another segment are taken back below
             labels = next_labels(part.shards.cuts, labels, sequence.ignore_index)
         mine = algebra.align(xp, labels.long(), bound, sequence).labels
-    found, columns = read(mine, reading, wanted)
+    found, columns, wrong = read(mine, reading, wanted)
+    if wrong is not None:
+        part = part._replace(word=-part.word)
     arrays = [x for x in found if x is not None]
     if early:
         arrays = _gather(part, arrays, own_losses, agreed)
@@ -180,6 +218,8 @@ def _whole(
     if shift and not early:
         scored = rows.labels != NO_LABEL
         found = found._replace(label_logit=torch.where(scored, found.label_logit, 0.0))
+    if wrong is not None:
+        raise wrong
     if row_max.device.type == "cpu" and (rows.labels == BAD_LABEL).any():
         arguments.refuse_label(rows.labels, inputs[0], int(columns), call.sequence)
     return call, rows, found
@@ -221,12 +261,13 @@ def _gather(
     On a device ``agreed`` gets whether the ranks called alike and their order is one.
     """
     ndim = part.labels.ndim
+    told = ""
     for cut in part.shards.cuts:
         axes = [_axis(cut, x, ndim) for x in arrays]
         cut_ones = [i for i, axis in enumerate(axes) if axis is not None]
         words, order, *whole = Gather.apply(  # type: ignore[no-untyped-call]
             cut,
-            part.word,
+            -abs(part.word) if told else part.word,
             own_losses,
             tuple(axes[i] for i in cut_ones),
             *(arrays[i] for i in cut_ones),
@@ -239,13 +280,20 @@ def _gather(
             if cut.order is not None:
                 agreed.append(is_order(order))
             continue
-        refuse_other_options(words, cut.name, part.caller)
+        refuse_other_options(words.abs(), cut.name, part.caller)
+        if (words < 0).any():
+            told = cut.name
         if cut.order is not None and not is_order(order):
             raise ValueError(
                 f"{part.caller}: the sequence_order of all ranks of {cut.name} is no order of "
                 f"{order.shape[-1]} rows; accepted: every index from 0 to {order.shape[-1] - 1}, "
                 "each once"
             )
+    if told and part.word > 0:
+        raise IndexError(
+            f"{part.caller}: extra_ids of another rank of {told} are outside of the vocabulary; "
+            "accepted: its columns, and ignore_index"
+        )
     return arrays
 
 

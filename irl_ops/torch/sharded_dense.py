@@ -9,8 +9,7 @@ from torch import Tensor
 
 from irl_ops.algebra import RowStatistics
 from irl_ops.call import read_loss, read_parallel, read_stats
-from irl_ops.measures import refuse_over_groups
-from irl_ops.torch import dtensor, sharded
+from irl_ops.torch import dtensor, sharded, sharded_measures
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, contiguous_rows, poison
@@ -25,6 +24,7 @@ from irl_ops.torch.parallel import (
     whole_rows,
 )
 from irl_ops.torch.shards import Dense, Reading
+from irl_ops.torch.token_fields import TokenStats
 
 
 class Given(NamedTuple):
@@ -79,21 +79,24 @@ def loss_of_shards(
 @outside_of_graphs
 def stats_of_shards(
     caller: str, group: type, logits: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Tensor | None, ...]:
-    """The fields of ``TokenStats`` for the rows that are here."""
+) -> TokenStats:
+    """``token_stats`` of the rows that are here."""
     given = _read(logits, labels, options)
     logits, labels = given.logits, given.labels
-    refuse_over_groups(caller, options)
     call = read_stats(caller, group, given.arguments, given.whole, labels, options)
-    backend = choose(call.backend, logits)
+    plain = call.measures.plain
+    backend = choose(call.backend, logits, not plain)
     part = sharded.part_of(
         caller, group, given.shards, logits, logits.shape[-1], labels, given.options
     )
-    how = Reading(caller, given.shards.columns, part.word, call.entropy, backend, call.readout)
-    fields: tuple[Tensor | None, ...] = sharded.token_stats(
-        call, part, _reader(contiguous_rows(logits)), how
-    )
-    return fields
+    how = Reading(
+        caller, given.shards.columns, part.word, call.entropy, backend, call.readout,
+        wanted=call.measures.wanted(call.entropy),
+    )  # fmt: skip
+    logits = contiguous_rows(logits)
+    if plain:
+        return sharded.token_stats(call, part, _reader(logits), how)
+    return sharded.token_measures(call, part, sharded_measures.of_logits(call, logits), how)
 
 
 def _read(logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = None) -> Given:
@@ -108,7 +111,7 @@ def _read(logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = No
     else:
         local.check_local(logits, labels)
         shards = shards_of(parallel, logits.shape[-1], labels)
-    local.rows = whole_rows(shards, labels)
+    local.rows, local.columns = whole_rows(shards, labels), logits.shape[-1]
     columns = whole_columns(shards, logits.shape[-1])
     if not columns:
         arguments.check_logits(logits, labels)  # which raises
@@ -117,11 +120,10 @@ def _read(logits: Any, labels: Any, options: dict[str, Any], is_expert: Any = No
 
 
 def _reader(logits: Tensor) -> sharded.Read:
-    def read(
-        labels: Tensor, how: Reading, wanted: Tensor | None
-    ) -> tuple[RowStatistics, int | Tensor]:
+    def read(labels: Tensor, how: Reading, wanted: Tensor | None) -> sharded.Seen:
         box: list[Any] = []
-        row_max, logsum, label_logit, h = Dense.apply(logits, labels, how, box)  # type: ignore[no-untyped-call]
-        return RowStatistics(row_max, logsum, label_logit, h if how.entropy else None), box[0]
+        row_max, logsum, picked, h = Dense.apply(logits, labels, how, box)  # type: ignore[no-untyped-call]
+        found = RowStatistics(row_max, logsum, picked, h if how.entropy else None)
+        return sharded.Seen(found, box[0])
 
     return read

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from irl_ops.algebra import RowStatistics, no_columns
 from irl_ops.call import Call, Parallel, read_loss, read_parallel, read_stats
-from irl_ops.measures import refuse_over_groups
-from irl_ops.torch import linear_dtensor, linear_ops, ops, sharded
+from irl_ops.torch import linear_dtensor, linear_ops, ops, sharded, sharded_measures
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import Layer, arguments
@@ -35,6 +34,7 @@ from irl_ops.torch.parallel import (
 from irl_ops.torch.refusals import refuse_second_derivative
 from irl_ops.torch.shards import Reading, labels_of
 from irl_ops.torch.shards import whole_rows as merged
+from irl_ops.torch.token_fields import TokenStats
 
 
 @outside_of_graphs
@@ -87,21 +87,25 @@ def _at_once(layer: Layer, call: Call, shards: Shards) -> bool:
 @outside_of_graphs
 def stats_of_shards(
     caller: str, group: type, hidden: Any, weight: Any, labels: Any, options: dict[str, Any]
-) -> tuple[Tensor | None, ...]:
+) -> TokenStats:
     """As ``irl_ops.torch.sharded_dense.stats_of_shards``."""
     everything = dict(options)
     hidden, weight, labels, _, shards = _located(hidden, weight, labels, options)
     layer, shards, local, whole = _read(hidden, weight, labels, options, shards)
-    refuse_over_groups(caller, options)
     call = read_stats(caller, group, local, whole, labels, options)
     layer = layer._replace(scale=call.readout.logit_scale, softcap=call.readout.softcap)
-    backend = choose(call.backend, layer.hidden)
+    plain = call.measures.plain
+    backend = choose(call.backend, layer.hidden, not plain)
     part = sharded.part_of(
         caller, group, shards, layer.hidden, layer.weight.shape[0], labels, everything
     )
-    how = Reading(caller, shards.columns, part.word, call.entropy, backend, call.readout)
-    fields: tuple[Tensor | None, ...] = sharded.token_stats(call, part, _reader(layer), how)
-    return fields
+    how = Reading(
+        caller, shards.columns, part.word, call.entropy, backend, call.readout,
+        wanted=call.measures.wanted(call.entropy),
+    )  # fmt: skip
+    if plain:
+        return sharded.token_stats(call, part, _reader(layer), how)
+    return sharded.token_measures(call, part, sharded_measures.of_layer(call, layer), how)
 
 
 def _located(
@@ -125,14 +129,12 @@ def _read(
     local, here = ParallelArguments(0), layer.weight.shape[0]
     local.check_logits(Whole(layer.hidden, here), labels)
     shards = shards_of(parallel, here, labels) if found is None else found
-    local.rows = whole_rows(shards, labels)
+    local.rows, local.columns = whole_rows(shards, labels), here
     return layer, shards, local, Whole(layer.hidden, whole_columns(shards, here))
 
 
 def _reader(layer: Layer) -> sharded.Read:
-    def read(
-        labels: Tensor, how: Reading, wanted: Tensor | None
-    ) -> tuple[RowStatistics, int | Tensor]:
+    def read(labels: Tensor, how: Reading, wanted: Tensor | None) -> sharded.Seen:
         box: list[Any] = []
         found = LinearRows.apply(  # type: ignore[no-untyped-call]
             layer.hidden.flatten(0, -2),
@@ -146,7 +148,7 @@ def _reader(layer: Layer) -> sharded.Read:
         )
         row_max, logsum, label_logit = (x.view(labels.shape) for x in found[:3])
         h = found[3].view(labels.shape) if how.entropy else None
-        return RowStatistics(row_max, logsum, label_logit, h), box[0]
+        return sharded.Seen(RowStatistics(row_max, logsum, label_logit, h), box[0])
 
     return read
 

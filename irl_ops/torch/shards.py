@@ -7,6 +7,7 @@ each process writes the gradient of its columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListOf
 from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
@@ -39,6 +40,7 @@ class Reading(NamedTuple):
     backend: str
     readout: Readout
     inplace: bool = False
+    wanted: tuple[str, ...] = ()  # of the row measures, where those are read
 
 
 class Dense(torch.autograd.Function):
@@ -117,16 +119,24 @@ def whole_rows(
     """The statistics of whole rows, and how many columns these have."""
     if how.columns is None:
         return found, None
-    columns = how.columns
-    head = (how.word, columns.start, columns.start + columns.width)
-    words, stacked = collectives.gather(columns.group, head, [x for x in found if x is not None])
+    stacked, count, agreed = gathered([x for x in found if x is not None], how)
     shards = RowStatistics(*stacked, *([None] if found.entropy is None else []))
-    count, agreed = _spans(words, how)
     bad = (labels != NO_LABEL) & (labels >= count)
     whole: RowStatistics = merge(xp, torch.where(bad, BAD_LABEL, labels), shards)
     if agreed is not None:
         whole = whole._replace(row_max=whole.row_max.where(agreed, torch.nan))
     return whole, count
+
+
+def gathered(
+    arrays: ListOf[Tensor], how: Reading
+) -> tuple[tuple[Tensor, ...], int | Tensor, Tensor | None]:
+    """Arrays of all shards, stacked, by one collective; what ``_spans`` says of these."""
+    columns = how.columns
+    assert columns is not None
+    head = (how.word, columns.start, columns.start + columns.width)
+    words, stacked = collectives.gather(columns.group, head, arrays)
+    return stacked, *_spans(words, how)
 
 
 def _spans(words: Tensor, how: Reading) -> tuple[int | Tensor, Tensor | None]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
-from irl_ops import algebra
-from irl_ops.call import StatsCall, read_stats
+from irl_ops.call import read_stats
 from irl_ops.options import signature
 from irl_ops.torch import measures, native_tokens, ops, traced
 from irl_ops.torch.arguments import arguments
@@ -16,37 +15,9 @@ from irl_ops.torch.forward import contiguous_rows, is_plain
 from irl_ops.torch.options import StatsOptions
 from irl_ops.torch.parallel import is_parallel
 from irl_ops.torch.sharded_dense import stats_of_shards
+from irl_ops.torch.token_fields import TokenStats, fields
 
-
-class TokenStats(NamedTuple):
-    """Statistics of every row; float32 tensors of the labels' shape, differentiable.
-
-    Attributes:
-        value: V_t = logsumexp(q_t), or the given ``values``. For every row.
-        logprob: log pi_t, at most 0; 0 in IGNORED rows.
-        entropy: H_t, within [0, log V]. For every row; None with ``entropy=False``.
-        reward: delta_t = q_t[a_t] - gamma V'_t; 0 in NO_TD and IGNORED rows.
-        next_value: V'_t; 0 unless the row bootstraps.
-        kind: int8, one of IGNORED, TERMINAL, BOOTSTRAP, NO_TD of ``irl_ops.algebra``.
-        correct: bool, whether no logit is larger than the label's; False in IGNORED rows.
-        extra_logprob: log pi of ``extra_ids``, ``[..., T, K]``, for every row; 0 where the id is
-            ``ignore_index``. None, as all that follow, where it is not asked for.
-        log_sum_sq: log sum_j p_j^2, within [-log V, 0]: minus the Renyi entropy of order 2.
-        top1: int64, the first column with the largest logit; not differentiable.
-        mean_logit: the mean of the kept q_j that are above -inf, divided by the temperature.
-    """
-
-    value: Tensor
-    logprob: Tensor
-    entropy: Tensor | None
-    reward: Tensor
-    next_value: Tensor
-    kind: Tensor
-    correct: Tensor
-    extra_logprob: Tensor | None = None
-    log_sum_sq: Tensor | None = None
-    top1: Tensor | None = None
-    mean_logit: Tensor | None = None
+__all__ = ["TokenStats", "token_stats"]
 
 
 @signature(StatsOptions)
@@ -98,7 +69,8 @@ def token_stats(
             has the log-likelihood -inf; a row of which nothing is kept has the value -inf, the
             entropy 0, and gradient 0.
         extras: names among "log_sum_sq", "top1" and "mean_logit", fields of the result.
-        vocab_group: the processes that hold the other columns.
+        vocab_group: the processes that hold the other columns. Labels and ids are those of the
+            whole vocabulary, ``keep_mask`` is that of the columns here.
         vocab_start: the first column here.
         vocab_size: the columns that count.
         sequence_group: the processes that hold the other rows. What is differentiated is the sum
@@ -119,9 +91,7 @@ def token_stats(
     """
     given = dict(options)
     if is_parallel(logits, given):
-        return TokenStats(
-            *stats_of_shards("token_stats", StatsOptions, logits, labels, given)  # type: ignore[arg-type]
-        )
+        return stats_of_shards("token_stats", StatsOptions, logits, labels, given)
     call = read_stats("token_stats", StatsOptions, arguments, logits, labels, given)
     plain = call.measures.plain
     backend = choose(call.backend, logits, not plain)
@@ -135,26 +105,3 @@ def token_stats(
     else:
         stats, more = measures.statistics(call, logits, rows, backend)
     return fields(call, rows, stats, more)
-
-
-def fields(
-    call: StatsCall,
-    rows: algebra.Rows,
-    stats: algebra.Statistics,
-    more: dict[str, Tensor | None],
-) -> TokenStats:
-    """The result, from the statistics of the rows."""
-    step = traced.transition(rows, stats, call.gamma, call.heads)
-    entropy = stats.entropy
-    if entropy is not None and not call.measures.entropy_grad:
-        entropy = entropy.detach()
-    return TokenStats(
-        step.value,
-        stats.logprob,
-        entropy,
-        step.reward,
-        step.next_value,
-        rows.kind,
-        stats.correct,
-        **more,
-    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from irl_ops import algebra, terms
 from irl_ops.algebra import Weighting
 from irl_ops.torch.arguments import arguments
-from irl_ops.torch.tokens import TokenStats
+from irl_ops.torch.token_fields import TokenStats
 
 
 def iq_value_loss(

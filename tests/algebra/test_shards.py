@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from irl_ops import algebra
 from irl_ops.algebra import BAD_LABEL, NO_LABEL, RowStatistics
 from irl_ops.kernels import reference as kernels
+from irl_ops.kernels.reference.measures import RowMeasures, row_measures
 
 V = 12
 
@@ -58,6 +59,55 @@ def test_merged_statistics_are_those_of_whole_rows(batch: Any, entropy: bool) ->
     assert (merged.entropy is None) == (not entropy)
     if entropy:
         np.testing.assert_allclose(merged.entropy, whole.entropy, rtol=1e-10, atol=1e-13)
+
+
+NAMES = ("entropy", "log_sum_sq", "top1", "mean_logit")
+
+
+def measures(
+    q: np.ndarray, ids: np.ndarray, cuts: list[int], wanted: tuple[str, ...]
+) -> RowMeasures:
+    """Of shards, each on axis 0."""
+    found = []
+    for start, end in itertools.pairwise(cuts):
+        if start == end:
+            nothing, zero = np.full(len(q), -np.inf), np.zeros(len(q))
+            empty = [nothing, nothing, np.zeros(ids.shape), zero, nothing]
+            empty += [np.full(len(q), algebra.NO_COLUMN), nothing, zero]
+            names = {"row_max", "logsum", "picked", *wanted}
+            names |= {"kept"} if "mean_logit" in wanted else set()
+            one = RowMeasures(
+                *(
+                    x if n in names else None
+                    for n, x in zip(RowMeasures._fields, empty, strict=True)
+                )
+            )
+        else:
+            mine = algebra.labels_here(xp, ids, start, end - start)
+            one = row_measures(q[:, start:end], mine, wanted)
+            one = one if one.top1 is None else one._replace(top1=one.top1 + start)
+        found.append(one)
+    return RowMeasures(*(None if x[0] is None else np.stack(x) for x in zip(*found, strict=True)))
+
+
+@given(batch=rows(), count=st.integers(0, 4))
+def test_merged_measures_are_those_of_whole_rows(batch: Any, count: int) -> None:
+    """Ids of other shards, ties between shards, rows of which a shard has no mass."""
+    q, labels, cuts = batch
+    q[4] = np.round(q[4] / 8)  # with ties
+    ids = np.stack([labels, labels[::-1]], -1)
+    with np.errstate(all="ignore"):
+        merged = algebra.merge_measures(xp, ids, measures(q, ids, cuts, NAMES[:count]))
+        whole = row_measures(q, np.where(ids == BAD_LABEL, V, ids), NAMES[:count])
+    for name, x in whole._asdict().items():
+        y = getattr(merged, name)
+        assert (x is None) == (y is None), name
+        if name in ("row_max", "picked", "top1", "kept") and x is not None:
+            assert np.array_equal(x, y, equal_nan=name == "picked"), (name, x, y)
+        elif x is not None:  # logits of 1e4, and their distances, are rounded
+            np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-11, err_msg=name)
+    if count > 1:
+        assert (merged.log_sum_sq <= 0).all()
 
 
 @given(batch=rows())

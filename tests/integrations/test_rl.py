@@ -216,8 +216,6 @@ def test_nemo_rl_pads_and_refuses() -> None:
     two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     with pytest.raises(NotImplementedError, match="cp_group has 2 processes"):
         function(x, target, 0, V, None, cp_group=two)
-    with pytest.raises(NotImplementedError, match="sampling_params"):
-        function(x, target, 0, V, two, sampling_params=SimpleNamespace(top_k=3, top_p=1.0))
 
 
 def test_nemo_rl_from_hidden_states() -> None:

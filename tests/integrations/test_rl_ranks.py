@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ def results(part: slice, group: Any) -> dict[str, Any]:
     start, stop, _ = part.indices(V)
     shared = {"vocab_group": group} if group else {}
 
-    def run(function: Any, *leaves: torch.Tensor) -> Any:
+    likely = logits[:1, :5].argmax(-1).roll(1, -1)
+
+    def run(function: Any, *leaves: torch.Tensor, **options: Any) -> Any:
         leaves = tuple(x.clone().requires_grad_() for x in leaves)
-        outputs = [x for x in function(*leaves) if x is not None]
+        outputs = [x for x in function(*leaves, **options) if x is not None]
         total = sum((x.reshape(-1) * above[: x.numel()]).sum() for x in outputs)
         return [x.detach() for x in outputs], torch.autograd.grad(total, leaves)
 
@@ -52,6 +55,18 @@ def results(part: slice, group: Any) -> dict[str, Any]:
             ],
             whole,
         ),
+        **{
+            f"nemo_rl, {top_k}, {top_p}": run(
+                # rows that no number of ranks divides; the likeliest token can always be drawn
+                lambda x, **drawn: [
+                    nemo_rl.from_parallel_logits_to_logprobs(
+                        x, likely, start, stop, group, sampling_params=SimpleNamespace(**drawn)
+                    )
+                ],
+                whole[:1, :5], top_k=top_k, top_p=top_p,
+            )
+            for top_k, top_p in ((7, 1.0), (-1, 0.6), (7, 0.6))
+        },
         "nemo_rl, hidden": run(
             lambda h, w: [
                 nemo_rl.from_parallel_hidden_states_to_logprobs(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import cases, naive
+from . import parallel_measures
 from .parallel_promises import B, T, V, check_devices, check_refused, mesh
 
 WIDTH = 6
@@ -375,6 +376,14 @@ def main(seed: int, count: int) -> None:
                 except Exception as error:
                     error.add_note(f"{'linear, ' * linear}{name!r}, seed {seed + i}")
                     raise
+    for name in parallel_measures.FORMS:
+        for i in range(count):
+            try:
+                parallel_measures.check(name, seed + i)
+            except Exception as error:
+                error.add_note(f"measures, {name!r}, seed {seed + i}")
+                raise
+    parallel_measures.check_sent()
     check_stats(False)
     check_stats(True)
     check_devices()

@@ -212,9 +212,23 @@ MUTANTS = [
     Mutant(
         "shards: the entropy between shards is left out",
         ALGEBRA,
-        "xp.exp(share) * (shards.entropy - share)",
-        "xp.exp(share) * shards.entropy",
+        "xp.exp(share) * (shards - share)",
+        "xp.exp(share) * shards",
         f"{SHARDS}test_merged_statistics_are_those_of_whole_rows",
+    ),
+    Mutant(
+        "shards: the sum of squares counts a shard's mass once",
+        ALGEBRA,
+        "2 * share + shards.log_sum_sq",
+        "share + shards.log_sum_sq",
+        f"{SHARDS}test_merged_measures_are_those_of_whole_rows",
+    ),
+    Mutant(
+        "shards: the mean is that of the shards",
+        ALGEBRA,
+        "shards.kept * shards.mean_logit",
+        "shards.mean_logit",
+        f"{SHARDS}test_merged_measures_are_those_of_whole_rows",
     ),
     Mutant(
         "shards: rows stay in the order of the ranks",

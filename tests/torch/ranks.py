@@ -180,6 +180,8 @@ def dtensor(job: dict[str, Any], rank: int) -> dict[str, Any]:
             p if isinstance(p, Shard) and p.dim < labels.ndim else Replicate() for p in placements
         ]
         labels = distribute_tensor(labels, mesh, rows)
+    if "measures" in job:
+        return measures(job, logits, labels)
     loss = irl.iqlearn_loss(logits, labels, **job["options"])
     loss.sum().backward()
     return {
@@ -220,6 +222,33 @@ def linear_dtensor(job: dict[str, Any]) -> dict[str, Any]:
         for name, (_, dims) in job["arrays"].items()
     )
     return {"outputs": [loss.detach()], "gradients": gradients, "kept": kept}
+
+
+def measures(job: dict[str, Any], logits: Any, labels: Any) -> dict[str, Any]:
+    """Statistics of distributed logits, from arrays that are whole or distributed likewise."""
+    import torch.distributed.tensor as tensor
+
+    import irl_ops.torch as irl
+
+    def spread(x: Tensor, whole: bool) -> Any:
+        rows = [
+            p if isinstance(p, tensor.Shard) and (whole or p.dim % 3 < 2) else tensor.Replicate()
+            for p in logits.placements
+        ]
+        return tensor.distribute_tensor(x, logits.device_mesh, rows)
+
+    options = dict(job["options"])
+    if job["distributed"]:
+        options["keep_mask"] = spread(options["keep_mask"], True)
+        for name in ("temperature", "extra_ids"):
+            options[name] = spread(options[name], False)
+    stats = irl.token_stats(logits, labels, **options)
+    rows = [x for x in (stats.logprob, stats.entropy, stats.log_sum_sq, stats.mean_logit)]
+    sum(rows, stats.extra_logprob.sum(-1)).sum().backward()
+    return {
+        "outputs": [None if x is None else x.detach() for x in stats],
+        "gradient": logits.grad.full_tensor(),
+    }
 
 
 class Counted:

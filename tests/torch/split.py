@@ -144,6 +144,8 @@ def a_job(call: str, case: Case, split: Split, rank: int, upstream: list[Any]) -
         job["vocab"] = True
         job["options"] |= {"vocab_size": split.size} if split.size else {}
         job["options"] |= {"vocab_start": split.spans[column][0]} if split.told else {}
+        if job["options"].get("keep_mask") is not None:
+            job["options"]["keep_mask"] = columns(job["options"]["keep_mask"], split, column, -1)
     return job
 
 
@@ -164,10 +166,10 @@ def options_of(case: Case, split: Split, shard: int) -> dict[str, Any]:
 
 
 def cut(split: Split, labels: Tensor, x: Any, shard: int) -> Any:
-    """Of an array with a number a row the rows of the shard; anything else as it is."""
-    if not isinstance(x, Tensor) or x.shape != labels.shape:
+    """Of an array with one or several numbers a row the rows of the shard; else as it is."""
+    if not isinstance(x, Tensor) or x.shape[: labels.ndim] != labels.shape:
         return x
-    return split.rows(x, shard)
+    return split.rows(x, shard, x.ndim - labels.ndim)
 
 
 def refuse_errors(answers: list[dict[str, Any]]) -> None:
@@ -191,7 +193,8 @@ def outputs(split: Split, answers: list[dict[str, Any]]) -> list[Tensor | None]:
             assert all(same(x, found[0]) for x in found)
             whole.append(found[0])
         else:
-            whole.append(split.joined(list(found)))
+            several = found[0].ndim - parts[0][0].ndim  # the first has a number a row
+            whole.append(split.joined(list(found), several))
     return whole
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import irl_ops.torch as irl
 from irl_ops.call import Call, StatsCall
 from irl_ops.torch.shards import fits
-from irl_ops.torch.tokens import TokenStats
+from irl_ops.torch.token_fields import TokenStats
 
 from .. import naive
 from ..cases import EPS, Case
@@ -273,14 +273,6 @@ def test_arguments(
     assert message in error_of(ranks.run(sent))
 
 
-def test_measures_are_refused(ranks: Ranks) -> None:
-    stats = replace(batch(), name="token_stats", options={})
-    sent = jobs("token_stats", stats, over(vocab=2), [None] * len(TokenStats._fields))
-    for job in sent:
-        job["options"] |= {"extras": ("top1",), "keep_above": torch.zeros(B, T)}
-    assert "over processes has no keep_above, extras" in error_of(ranks.run(sent))
-
-
 def test_inplace(ranks: Ranks) -> None:
     split = over(vocab=2)
     fresh = ask(ranks, batch(), split, computed=True)
@@ -402,10 +394,7 @@ def test_whether_columns_fit_is_seen_on_a_device(
 
 
 def test_calls_have_no_field_that_groups_would_ignore() -> None:
-    """What a call gets beside these has to be served over groups, or refused there.
-
-    ``measures`` are refused: see ``irl_ops.measures.refuse_over_groups``.
-    """
+    """What a call gets beside these has to be served over groups, or refused there."""
     loss = "terms sequence weighting heads metrics inplace backend readout"
     assert " ".join(Call._fields) == loss
     assert " ".join(StatsCall._fields) == "gamma sequence heads entropy backend readout measures"

@@ -36,23 +36,24 @@ def from_parallel_logits_to_logprobs(
         cp_group: of one process, or None.
         chunk_size: changes nothing: no row of probabilities is stored.
         sampling_params: None, or an object with ``top_k`` and ``top_p``: columns that such a
-            sampler cannot draw count as -inf. The logits come divided by its temperature.
+            sampler cannot draw count as -inf. The logits come divided by its temperature. Where the
+            columns are shared, each process has as many; it sorts a part of the rows, and of the
+            columns that equal the least likely one that can be drawn, all can.
 
     Raises:
         ValueError: indices that are not as far apart as the logits are wide.
-        NotImplementedError: a cp_group of more processes; sampling_params that filter logits whose
-            columns are shared.
+        NotImplementedError: a cp_group of more processes.
     """
     _refuse_context(cp_group)
     _check_width(vocab_start_index, vocab_end_index, vocab_parallel_logits.shape[-1])
     shared = columns(tp_group, vocab_start_index)
-    keep = _drawn(vocab_parallel_logits, sampling_params, bool(shared))
+    keep = _kept(vocab_parallel_logits, sampling_params, shared.get("vocab_group"))
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
         stats = token_stats(
             vocab_parallel_logits,
             _next(target, vocab_parallel_logits),
-            keep_mask=keep,
             entropy=False,
+            **keep,
             **shared,
         )
     return stats.logprob[:, : target.shape[1] - 1]
@@ -148,21 +149,34 @@ def _refuse_context(group: Any) -> None:
         )
 
 
-def _drawn(logits: Tensor, sampling: Any, shared: bool) -> Tensor | None:
-    """Which columns top-k and then top-p sampling can draw, bool; None for all.
-
-    Of top-p, the columns whose probabilities, added up from the smallest, pass 1 - p.
-    """
+def _kept(logits: Tensor, sampling: Any, group: Any) -> dict[str, Any]:
+    """The option that says which columns sampling can draw; none where it can draw all."""
     top_k: int = getattr(sampling, "top_k", None) or 0  # -1 for none too
     top_p: float = getattr(sampling, "top_p", None) or 1.0
     if top_k <= 0 and top_p == 1.0:
-        return None
-    if shared:
-        raise NotImplementedError(
-            "irl_ops: sampling_params filter logits whose columns are shared by processes; "
-            "accepted: a tp_group of one, or neither top_k nor top_p"
-        )
+        return {}
     logits = logits.detach()
+    if group is None:
+        return {"keep_mask": _drawn(logits, top_k, top_p)}
+    # whole rows, but only so many of them: what goes to each process is what it gets
+    ranks, width, rows = group.size(), logits.shape[-1], logits.shape[:-1]
+    flat = logits.reshape(-1, width)
+    spare = -flat.shape[0] % ranks
+    given = torch.cat([flat, flat.new_zeros(spare, width)])
+    whole = torch.empty_like(given)
+    dist.all_to_all_single(whole, given, group=group)
+    whole = whole.view(ranks, -1, width).transpose(0, 1).flatten(1)
+    least = whole.masked_fill(~_drawn(whole, top_k, top_p), torch.inf).amin(-1)
+    parts = [torch.empty_like(least) for _ in range(ranks)]
+    dist.all_gather(parts, least, group)
+    return {"keep_above": torch.cat(parts)[: flat.shape[0]].view(rows)}
+
+
+def _drawn(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which columns top-k and then top-p sampling can draw, bool.
+
+    Of top-p, the columns whose probabilities, added up from the smallest, pass 1 - p.
+    """
     keep = torch.ones_like(logits, dtype=torch.bool)
     if top_k > 0:
         keep = logits >= logits.topk(top_k, -1).values[..., -1:]

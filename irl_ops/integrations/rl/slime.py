@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from irl_ops.integrations.rl.rows import columns, entropy_of
@@ -30,7 +29,7 @@ def calculate_log_probs_and_entropy(
         chunk_size: changes nothing: no row of probabilities is stored.
         log_prob_keep_mask: bool of the logits' shape, or None: the columns that the sampler could
             draw. The token itself always counts as one. Entropies are of all columns, for which
-            the logits are read once more. Where processes share the columns, the logits are copied.
+            the logits are read once more.
         with_entropy_grad: whether the entropies can be differentiated.
 
     Returns:
@@ -41,17 +40,12 @@ def calculate_log_probs_and_entropy(
         return empty, empty.clone() if with_entropy else None
     shared = columns(tp_group)
     if log_prob_keep_mask is None:
-        stats = token_stats(logits, tokens, entropy=with_entropy, **shared)
-        entropy = stats.entropy
-        if entropy is not None and not with_entropy_grad:
-            entropy = entropy.detach()
-        return stats.logprob[:, None], entropy
+        stats = token_stats(
+            logits, tokens, entropy=with_entropy, entropy_grad=with_entropy_grad, **shared
+        )
+        return stats.logprob[:, None], stats.entropy
     kept = _with_tokens(log_prob_keep_mask, tokens, shared)
-    if shared:
-        filtered = logits.masked_fill(~kept, -torch.inf)
-        logprob = token_stats(filtered, tokens, entropy=False, **shared).logprob
-    else:
-        logprob = token_stats(logits, tokens, keep_mask=kept, entropy=False).logprob
+    logprob = token_stats(logits, tokens, keep_mask=kept, entropy=False, **shared).logprob
     if not with_entropy:
         return logprob[:, None], None
     whole = logits if with_entropy_grad else logits.detach()
