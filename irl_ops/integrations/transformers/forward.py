@@ -229,7 +229,7 @@ class IQLearnForward:
         part = context.part_of(inputs["labels"], self.model.training)
         if part is not None:
             batch = {name: part.local(x) for name, x in batch.items()}
-            batch["part"] = part
+        batch["part"] = part
         if "segment_ids" not in batch:
             batch["segment_ids"] = (
                 segment_ids(inputs) if part is None else context.segment_ids(inputs, part)

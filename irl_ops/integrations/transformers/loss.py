@@ -114,11 +114,11 @@ class Loss:
         """The loss of a batch; ``batch`` holds its ``shift`` and what ``BATCH_OPTIONS`` names.
 
         With a ``part`` of ``irl_ops.integrations.transformers.context`` it is what this rank
-        returns of the loss of the whole.
+        returns of the loss of the whole; None says that the rows are whole.
         """
-        part: Part | None = batch.pop("part", None)
-        if part is None and part_of(labels, torch.is_grad_enabled()) is not None:
+        if "part" not in batch and part_of(labels, torch.is_grad_enabled()) is not None:
             refuse("a loss that is told nothing of it", sizes())
+        part: Part | None = batch.pop("part", None)
         if isinstance(num_items, Tensor):
             # The Trainer repeats the number, [n_gpu, 1], for the GPUs of an nn.DataParallel.
             if num_items.ndim > 1 and torch.accelerator.device_count() > 1:
