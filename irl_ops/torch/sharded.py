@@ -215,11 +215,11 @@ def _whole(
         row_max = row_max.where(fits, torch.nan)
     found = RowStatistics(row_max, *arrays[1:], *([None] if found.entropy is None else []))
     rows: Rows = algebra.align(xp, inputs[0].long(), columns, call.sequence)  # type: ignore[arg-type]
-    if wrong is not None:
-        raise wrong
     if shift and not early:
         scored = rows.labels != NO_LABEL
         found = found._replace(label_logit=torch.where(scored, found.label_logit, 0.0))
+    if wrong is not None:
+        raise wrong
     if row_max.device.type == "cpu" and (rows.labels == BAD_LABEL).any():
         arguments.refuse_label(rows.labels, inputs[0], int(columns), call.sequence)
     return call, rows, found

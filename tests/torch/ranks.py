@@ -191,33 +191,6 @@ def dtensor(job: dict[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def measures(job: dict[str, Any], logits: Any, labels: Any) -> dict[str, Any]:
-    """Statistics of distributed logits, from arrays that are whole or distributed likewise."""
-    import torch.distributed.tensor as tensor
-
-    import irl_ops.torch as irl
-
-    def spread(x: Tensor, whole: bool) -> Any:
-        rows = [
-            p if isinstance(p, tensor.Shard) and (whole or p.dim % 3 < 2) else tensor.Replicate()
-            for p in logits.placements
-        ]
-        return tensor.distribute_tensor(x, logits.device_mesh, rows)
-
-    options = dict(job["options"])
-    if job["distributed"]:
-        options["keep_mask"] = spread(options["keep_mask"], True)
-        for name in ("temperature", "extra_ids"):
-            options[name] = spread(options[name], False)
-    stats = irl.token_stats(logits, labels, **options)
-    rows = [x for x in (stats.logprob, stats.entropy, stats.log_sum_sq, stats.mean_logit)]
-    sum(rows, stats.extra_logprob.sum(-1)).sum().backward()
-    return {
-        "outputs": [None if x is None else x.detach() for x in stats],
-        "gradient": logits.grad.full_tensor(),
-    }
-
-
 def linear_dtensor(job: dict[str, Any]) -> dict[str, Any]:
     """The same of hidden states and a last layer, each distributed or not (None)."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
@@ -249,6 +222,33 @@ def linear_dtensor(job: dict[str, Any]) -> dict[str, Any]:
         for name, (_, dims) in job["arrays"].items()
     )
     return {"outputs": [loss.detach()], "gradients": gradients, "kept": kept}
+
+
+def measures(job: dict[str, Any], logits: Any, labels: Any) -> dict[str, Any]:
+    """Statistics of distributed logits, from arrays that are whole or distributed likewise."""
+    import torch.distributed.tensor as tensor
+
+    import irl_ops.torch as irl
+
+    def spread(x: Tensor, whole: bool) -> Any:
+        rows = [
+            p if isinstance(p, tensor.Shard) and (whole or p.dim % 3 < 2) else tensor.Replicate()
+            for p in logits.placements
+        ]
+        return tensor.distribute_tensor(x, logits.device_mesh, rows)
+
+    options = dict(job["options"])
+    if job["distributed"]:
+        options["keep_mask"] = spread(options["keep_mask"], True)
+        for name in ("temperature", "extra_ids"):
+            options[name] = spread(options[name], False)
+    stats = irl.token_stats(logits, labels, **options)
+    rows = [x for x in (stats.logprob, stats.entropy, stats.log_sum_sq, stats.mean_logit)]
+    sum(rows, stats.extra_logprob.sum(-1)).sum().backward()
+    return {
+        "outputs": [None if x is None else x.detach() for x in stats],
+        "gradient": logits.grad.full_tensor(),
+    }
 
 
 class Counted:

@@ -152,6 +152,60 @@ def test_linear(ranks: Ranks, data: Any) -> None:
         close(found[:vocab].double(), whole[name].grad, atol=10 * scale)
 
 
+N = None
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "bias"),
+    [
+        ((0, N), (N, 0), (N, 0)),  # data parallelism, and tensor parallelism
+        ((1, N), (N, 0), N),  # context parallelism; a plain bias
+        ((0, 1), (N, 0), (N, 0)),  # sequence parallelism, whose rows are gathered
+        (N, (0, N), (0, N)),  # plain hidden states
+        ((N, 1), (N, N), (N, N)),  # whole columns
+        ((0, N), N, N),
+    ],
+)
+def test_linear_dtensor(ranks: Ranks, hidden: Any, weight: Any, bias: Any) -> None:
+    """Uneven shards; gradients come back as what they are of, and are those of all rows."""
+    generator = torch.Generator().manual_seed(5)
+    arrays = {
+        "hidden": torch.randn(3, 7, 5, generator=generator),
+        "weight": torch.randn(19, 5, generator=generator),
+        "bias": torch.randn(19, generator=generator),
+    }
+    labels = torch.randint(19, (3, 7), generator=generator)
+    labels[0, :3] = -100
+    options = {"lam": 0.3, "gamma": 0.9, "shift": True, "entropy_coef": 0.1}
+    job = {
+        "call": "linear dtensor", "function": "linear_iqlearn_loss", "labels": labels,
+        "arrays": {
+            name: (x, dims)
+            for (name, x), dims in zip(arrays.items(), (hidden, weight, bias), strict=True)
+        },
+        "options": options | {"chunk_size": 4},
+    }  # fmt: skip
+    answers = ranks.run([job] * 4)
+    refuse_errors(answers)
+    whole = {name: x.double().requires_grad_() for name, x in arrays.items()}
+    q = whole["hidden"] @ whole["weight"].T + whole["bias"]
+    expected, _ = naive.loss("iqlearn_loss", q, labels, **options)
+    expected.backward()
+    # logits are sums of a few products, squared
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    for answer in answers:
+        assert answer["kept"]
+        torch.testing.assert_close(answer["outputs"][0].double(), expected.detach(), **close)
+        for name, x in whole.items():
+            if weight is N and name != "hidden":
+                continue  # plain on processes that have other rows: the gradient of those here
+            torch.testing.assert_close(answer["gradients"][name].double(), x.grad, **close)
+    if weight is N:
+        for name in ("weight", "bias"):
+            both = answers[0]["gradients"][name] + answers[2]["gradients"][name]
+            torch.testing.assert_close(both.double(), whole[name].grad, **close)
+
+
 def asked(**options: Any) -> Case:
     logits = 2 * torch.randn(B, T, V, generator=torch.Generator().manual_seed(5))
     return Case("token_stats", logits, lambda x: x, LABELS, ALL | options, 1.0)
@@ -310,57 +364,3 @@ def test_an_entropy_without_gradient(ranks: Ranks) -> None:
         for answer in ranks.run(jobs("token_stats", case, VOCAB, above)):
             assert answer["gradients"]["logits"] is None
             assert answer["outputs"][2].all()
-
-
-N = None
-
-
-@pytest.mark.parametrize(
-    ("hidden", "weight", "bias"),
-    [
-        ((0, N), (N, 0), (N, 0)),  # data parallelism, and tensor parallelism
-        ((1, N), (N, 0), N),  # context parallelism; a plain bias
-        ((0, 1), (N, 0), (N, 0)),  # sequence parallelism, whose rows are gathered
-        (N, (0, N), (0, N)),  # plain hidden states
-        ((N, 1), (N, N), (N, N)),  # whole columns
-        ((0, N), N, N),
-    ],
-)
-def test_linear_dtensor(ranks: Ranks, hidden: Any, weight: Any, bias: Any) -> None:
-    """Uneven shards; gradients come back as what they are of, and are those of all rows."""
-    generator = torch.Generator().manual_seed(5)
-    arrays = {
-        "hidden": torch.randn(3, 7, 5, generator=generator),
-        "weight": torch.randn(19, 5, generator=generator),
-        "bias": torch.randn(19, generator=generator),
-    }
-    labels = torch.randint(19, (3, 7), generator=generator)
-    labels[0, :3] = -100
-    options = {"lam": 0.3, "gamma": 0.9, "shift": True, "entropy_coef": 0.1}
-    job = {
-        "call": "linear dtensor", "function": "linear_iqlearn_loss", "labels": labels,
-        "arrays": {
-            name: (x, dims)
-            for (name, x), dims in zip(arrays.items(), (hidden, weight, bias), strict=True)
-        },
-        "options": options | {"chunk_size": 4},
-    }  # fmt: skip
-    answers = ranks.run([job] * 4)
-    refuse_errors(answers)
-    whole = {name: x.double().requires_grad_() for name, x in arrays.items()}
-    q = whole["hidden"] @ whole["weight"].T + whole["bias"]
-    expected, _ = naive.loss("iqlearn_loss", q, labels, **options)
-    expected.backward()
-    # logits are sums of a few products, squared
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    for answer in answers:
-        assert answer["kept"]
-        torch.testing.assert_close(answer["outputs"][0].double(), expected.detach(), **close)
-        for name, x in whole.items():
-            if weight is N and name != "hidden":
-                continue  # plain on processes that have other rows: the gradient of those here
-            torch.testing.assert_close(answer["gradients"][name].double(), x.grad, **close)
-    if weight is N:
-        for name in ("weight", "bias"):
-            both = answers[0]["gradients"][name] + answers[2]["gradients"][name]
-            torch.testing.assert_close(both.double(), whole[name].grad, **close)
