@@ -60,7 +60,7 @@ OPTIONAL = {
     "keep_above": "ABOVE",
 }  # fmt: skip
 SCALARS = 12  # more than the narrow accesses of any kernel: coefficients, statistics, edges
-IDS = 24  # beyond these, of a loop over a row's ids, which compilers unroll
+IDS = 32  # beyond these, of two loops over a row's ids, which compilers unroll
 RESULTS = Path(__file__).parent / "results" / "aot-gpu.json"
 BUILD = Path(__file__).resolve().parents[1] / "build"
 

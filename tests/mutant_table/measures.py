@@ -174,6 +174,7 @@ MUTANTS = [
         "an answer that is not kept is right where nothing is",
         "(label_logit >= row_max) & (label_logit != -xp.inf)",
         "(label_logit >= row_max)",
+        f"{STATS}test_no_answer_is_right_where_nothing_is_kept",
     ),
     Mutant(
         "measures: every chunk is seen as the first",

@@ -87,9 +87,9 @@ MUTANTS = [
         "index % count",
     ),
     algebra(
-        "a weight of 0 times NaN",
-        "rows.share * xp.where(rows.share != 0, per_token, 0.0)",
-        "rows.share * per_token",
+        "NaN of a row of weight 0 reaches a formula",
+        "None if x is None else xp.where(share != 0, x, 0.0)",
+        "None if x is None else x",
     ),
     algebra(
         "dft's weight has a gradient",

@@ -127,6 +127,17 @@ def test_a_threshold_keeps_what_equals_it(backend: str) -> None:
 
 
 @every_backend
+def test_no_answer_is_right_where_nothing_is_kept(backend: str) -> None:
+    kept = KEEP.clone()
+    kept[0, 1] = False
+    s = irl.token_stats(LOGITS, LABELS, keep_mask=kept, boundary="drop", backend=backend)
+    assert s.logprob[0, 1] == s.value[0, 1] == -math.inf
+    assert torch.equal(
+        s.correct, LOGITS.where(kept, -math.inf).argmax(-1).eq(LABELS) & kept.any(-1)
+    )
+
+
+@every_backend
 @pytest.mark.parametrize("more", [{}, dict(extras=("top1",))], ids=["plain", "measured"])
 def test_an_entropy_without_gradient(backend: str, more: dict[str, Any]) -> None:
     leaf = LOGITS.clone().requires_grad_()
