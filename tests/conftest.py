@@ -27,6 +27,10 @@ settings.register_profile(
 )
 settings.load_profile("irl_ops")
 
+# Two test processes have two OpenMP threads each, on two cores: one that waits actively for another
+# takes the core that the other needs. It counts when torch is first imported, here and in children.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # JAX looks for accelerators when it is first used; with libtpu installed it would wait for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -59,15 +63,27 @@ def _repeat(config: pytest.Config) -> str:
     return f"the same random examples again: --hypothesis-seed={config.option.hypothesis_seed}"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes the long tests come first: none is left alone with one at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """An interpreter takes milliseconds for a row: of random batches it gets one in ten."""
+    """An interpreter takes milliseconds for a row: of random batches it gets one in ten.
+
+    "reference" gets half: it is the array code whose parts the tests of the algebra and of the row
+    kernels compare with float64 as well.
+    """
     test = getattr(item, "obj", None)
     usual = getattr(test, "_hypothesis_internal_use_settings", None)
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    if usual is None or params.get("backend") not in ("triton", "pallas"):
+    share = {"triton": 10, "pallas": 10, "reference": 2}.get(params.get("backend"), 1)
+    if usual is None or share == 1:
         return (yield)
-    test._hypothesis_internal_use_settings = settings(usual, max_examples=usual.max_examples // 10)
+    few = settings(usual, max_examples=max(1, usual.max_examples // share))
+    test._hypothesis_internal_use_settings = few
     try:
         return (yield)
     finally:

@@ -30,11 +30,12 @@ SIZES = {
     2: "num_hidden_layers n_layer num_layers n_layers num_key_value_heads num_kv_heads "
     "num_experts_per_tok",
     1: "encoder_layers decoder_layers num_decoder_layers",
-    16: "q_lora_rank kv_lora_rank",
+    16: "q_lora_rank kv_lora_rank mamba_d_state mamba_chunk_size chunk_size",
     64: "max_position_embeddings n_positions",
     WIDTH // HEADS: "d_kv qk_nope_head_dim qk_rope_head_dim v_head_dim",
 }
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+HEAD = {"head_dim": WIDTH // HEADS}
 LARGEST = 3e6  # parameters; more would take the minute that all of them have
 
 
@@ -42,7 +43,7 @@ def shrunk(kind):
     """Sizes set on a finished configuration, and on those inside it."""
     config = kind()
     for inner in (config, *(v for v in vars(config).values() if isinstance(v, PretrainedConfig))):
-        for name, size in (TINY | {"head_dim": WIDTH // HEADS}).items():
+        for name, size in (TINY | HEAD).items():
             if getattr(inner, name, None) is not None:
                 setattr(inner, name, size)
     for name, token in IDS.items():
@@ -53,7 +54,8 @@ def shrunk(kind):
 def made_small(kind):
     """Sizes given when it is made, from which it derives the rest, such as kinds of layers."""
     known = kind()
-    sizes = {name: size for name, size in TINY.items() if getattr(known, name, None) is not None}
+    sizes = TINY | HEAD
+    sizes = {name: size for name, size in sizes.items() if getattr(known, name, None) is not None}
     layers = {name: 4 for name in ("num_hidden_layers", "n_layer") if name in sizes}
     return kind(**sizes | layers | IDS)
 

@@ -216,7 +216,7 @@ wanted = np.asarray(program(q, labels))
 
 
 def dispatch(_):
-    return jax.block_until_ready([program(q, labels) for _ in range(4)])
+    return jax.block_until_ready([program(q, labels) for _ in range(2)])
 
 
 with ThreadPoolExecutor(8) as pool:
@@ -230,7 +230,7 @@ print("done")
 def test_many_programs_at_once_finish(
     caller: str, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """32 executions of 32 calls each. In a process of its own, so that a deadlock can be ended.
+    """16 executions of 32 calls each. In a process of its own, so that a deadlock can be ended.
 
     A call that waited for tasks of its own on XLA's pool would end this at two threads.
     """

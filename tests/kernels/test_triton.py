@@ -115,7 +115,7 @@ class Triton(Backend):
         self.call("set_label_", y, labels, elements, label_logit, readout=readout)
 
 
-class TestTriton(MeasuresKernels, ReadoutKernels, examples=60):
+class TestTriton(MeasuresKernels, ReadoutKernels, examples=40):
     forms: ClassVar = {form: Triton(form) for form in FORMS}
     cases = (*cases(1, 2, 8, 17, 64, 1000), Case((2,), 50257), Case((2,), 151936))
     readouts = (PLAIN, Readout(1.0, 30.0), Readout(0.25, 5.0), Readout(1.5))

@@ -198,8 +198,9 @@ def test_a_scaled_float16_gradient_does_not_underflow(backend: str, layout: str)
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_do_not_change_a_bit(backend: str, way: str) -> None:
     generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(3, 41, 1031, generator=generator).requires_grad_()
-    labels = torch.randint(1031, (3, 41), generator=generator)
+    rows = 2 if backend == "triton" else 41  # its interpreter has one thread whatever torch has
+    logits = torch.randn(3, rows, 1031, generator=generator).requires_grad_()
+    labels = torch.randint(1031, (3, rows), generator=generator)
     function = losses(labels, backend)[way]
     before, results = torch.get_num_threads(), []
     try:

@@ -72,7 +72,7 @@ def test_metrics(backend: str, case: Case) -> None:
 
 
 @given(case=cases(names=("iqlearn_loss",), garbage=False), entropy=st.booleans())
-@settings(max_examples=200)
+@settings(max_examples=150)
 def test_token_stats(backend: str, case: Case, entropy: bool) -> None:
     """Outputs, and the gradient of a random sum of them."""
     kept = "ignore_index shift where segment_ids position_ids cu_seqlens eos_token_id boundary"

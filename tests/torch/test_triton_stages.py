@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="needs Triton, which is published for Linux
 def test_across_blocks(block, monkeypatch):
     monkeypatch.setattr(triton_loss, "BLOCK", block)
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(cases())
     def property_of(case: Case) -> None:
         check(lambda *given, **opt: getattr(irl, case.name)(*given, **opt, backend="triton"), case)
@@ -110,7 +110,7 @@ def close(actual: Any, expected: Any, size: float) -> None:
     assert (np.abs(actual - expected) <= EPS * (size + np.abs(expected))).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(drawn=calls(), block=st.sampled_from([1, 2, 256]))
 def test_every_stage_is_that_of_the_algebra(drawn: Any, block: int) -> None:
     """From the same inputs the same outputs: those of align, coefficients, finish and total.
