@@ -18,6 +18,7 @@ import irl_ops.torch as irl
 from .contest import Contest, Contestant
 
 ROWS, VOCAB, WIDTH = 1024, 128256, 512
+CHUNKS = (None, 64)
 Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # log-likelihood and entropy
 
 
@@ -86,13 +87,14 @@ def test_linear_token_stats(benchmark, report, threads, pytestconfig) -> None:
     def product(_: None) -> None:
         torch.mm(hidden, weight.T, out=logits)
 
-    @torch.no_grad()
-    def linear(_: None) -> object:
-        return irl.linear_token_stats(hidden, weight, labels)
+    def linear(chunk: int | None) -> Contestant:
+        @torch.no_grad()
+        def run(_: None) -> object:
+            return irl.linear_token_stats(hidden, weight, labels, chunk_size=chunk)
 
-    contest = Contest(
-        [Contestant("product", product), Contestant("linear_token_stats", linear)], warmup=1
-    )
+        return Contestant(f"linear_token_stats, chunk_size={chunk}", run)
+
+    contest = Contest([Contestant("product", product), *map(linear, CHUNKS)], warmup=1)
     rounds = pytestconfig.getoption("--rounds")
     benchmark.pedantic(contest, rounds=rounds + contest.warmup, iterations=1)
     results = contest.results(["product"])
@@ -103,10 +105,12 @@ def test_linear_token_stats(benchmark, report, threads, pytestconfig) -> None:
 
 # A process of its own, as in bench_memory.py.
 PROGRAM = f"""
+import sys
 import torch
 import irl_ops.torch as irl
 
 torch.set_num_threads(2)
+chunk = int(sys.argv[1]) or None
 
 def given(rows, width, vocab):
     return torch.ones(rows, width), torch.ones(vocab, width), torch.zeros(rows, dtype=torch.int64)
@@ -121,18 +125,19 @@ with torch.no_grad():
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts again from what is held
     before = status("VmRSS")
-    irl.linear_token_stats(*layer)
+    irl.linear_token_stats(*layer, chunk_size=chunk)
 print((status("VmHWM") - before) / (4 * {ROWS} * {VOCAB}))
 """
 
 
 @pytest.mark.benchmark(group="token statistics of a last layer")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: /proc/self/clear_refs")
-def test_peak_memory_of_linear_token_stats(benchmark) -> None:
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_peak_memory_of_linear_token_stats(chunk, benchmark) -> None:
     def measure() -> float:
-        command = [sys.executable, "-P", "-c", PROGRAM]
+        command = [sys.executable, "-P", "-c", PROGRAM, str(chunk or 0)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     grown = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["peak growth / size of the logits"] = round(grown, 3)
-    print(f"peak growth of linear_token_stats: {grown:.3f} x the logits")
+    print(f"peak growth of linear_token_stats, chunk_size={chunk}: {grown:.3f} x the logits")

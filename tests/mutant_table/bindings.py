@@ -2,6 +2,8 @@
 
 from .mutant import BINDINGS, CASES, LAUNCHES, TRANSPOSED, Mutant, binding
 
+REMEMBERED = "tests/torch/test_remembered_options.py::"
+
 MUTANTS = [
     Mutant(
         "bindings: row_stats takes labels that do not lie row by row",
@@ -74,5 +76,19 @@ MUTANTS = [
         "pointer<const float>(c), pointer<void>(dlogits), layout, readout);",
         "pointer<const float>(b), pointer<void>(dlogits), layout, readout);",
         "tests/kernels/test_native.py::TestNative::test_random_batches",
+    ),
+    Mutant(
+        "options: True stands for a 1 that was read before",
+        ("irl_ops/call.py",),
+        "@functools.lru_cache(_REMEMBERED, typed=True)  # 1,",
+        "@functools.lru_cache(_REMEMBERED)  # 1,",
+        f"{REMEMBERED}test_equal_options_of_another_type_are_refused",
+    ),
+    Mutant(
+        "options: a tuple of equal numbers stands for one that was read before",
+        ("irl_ops/call.py",),
+        "type(x) is tuple and all(type(i) is int for i in x)",
+        "type(x) is tuple",
+        f"{REMEMBERED}test_equal_options_of_another_type_are_refused",
     ),
 ]

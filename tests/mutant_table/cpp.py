@@ -11,8 +11,8 @@ MUTANTS = [
     ),
     cpu(
         "a position may stay",
-        "given.position_ids[i + 1] == given.position_ids[i] + 1",
-        "given.position_ids[i + 1] == given.position_ids[i]",
+        "position[i + 1] == position[i] + 1",
+        "position[i + 1] == position[i]",
         "positions",
     ),
     cpu(
@@ -23,8 +23,8 @@ MUTANTS = [
     ),
     cpu(
         "the neighbour is lost",
-        "const bool onto = !first && rows.kind[i - 1] == bootstrap;",
-        "const bool onto = first && rows.kind[i] == bootstrap;",
+        "const bool onto = i > 0 && rows.kind[i - 1] == bootstrap;",
+        "const bool onto = i > 0 && rows.kind[i] == bootstrap;",
         "plain TD rows",
     ),
     cpu(
@@ -84,8 +84,8 @@ MUTANTS = [
     ),
     cpu(
         "a value's gradient through next values",
-        "first || call.heads.next_values ? 0.0 : back",
-        "first ? 0.0 : back",
+        "(call.heads.next_values ? 0.0 : back)",
+        "(back)",
         "values and next values",
     ),
     cpu(

@@ -74,7 +74,7 @@ def test_an_error_is_raised_again() -> None:
 
 def test_end_tokens_are_checked_for_each_vocabulary() -> None:
     irl.iqlearn_loss(LOGITS, LABELS, eos_token_id=V - 1)
-    with pytest.raises(ValueError, match="^eos_token_id is 6; accepted: tokens from 0 to 5"):
+    with pytest.raises(ValueError, match=r"^eos_token_id is 6; accepted: tokens from 0 to 5"):
         irl.iqlearn_loss(LOGITS[..., :-1], LABELS.clamp(max=V - 2), eos_token_id=V - 1)
 
 

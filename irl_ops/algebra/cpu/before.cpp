@@ -55,7 +55,8 @@ Rows align(const Call& call, std::int64_t count, std::int64_t vocab) {
     if (!labelled[i]) continue;
     const std::int64_t label = rows.labels[i];
     const bool next = exists[i];
-    rows.kind[i] = kind_of(call, static_cast<std::int64_t>(i), label, next, next && labelled[i + 1]);
+    rows.kind[i] =
+        kind_of(call, static_cast<std::int64_t>(i), label, next, next && labelled[i + 1]);
     if (rows.bad < 0 && (label < 0 || label >= vocab)) rows.bad = static_cast<std::int64_t>(i);
   }
   return rows;
