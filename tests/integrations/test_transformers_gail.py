@@ -277,6 +277,9 @@ def test_it_evaluates_keeps_the_best_and_makes_a_page(build, tmp_path):
     data = examples(model, lengths=(3, 4, 3, 4))
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_nll"}
     every = {name: "steps" for name in ("eval_strategy", "save_strategy")}
+    with pytest.raises(ValueError, match="accepted: greater_is_better=False"):
+        gail(model, data, tmp_path, **best, **every)
+    best["greater_is_better"] = False
     changed = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "learning_rate": 3.0}
     trainer = GAILTrainer(
         model,

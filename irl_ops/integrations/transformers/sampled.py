@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from irl_ops.integrations.transformers.callbacks import refuse_the_worst
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, prompt_of
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss
 from irl_ops.integrations.transformers.sampling import (
@@ -67,6 +68,7 @@ class SampledTrainer(Trainer):
                 "label_smoothing_factor and compute_loss_func belong to another loss; accepted: 0 "
                 "and None"
             )
+        refuse_the_worst(args)
         super().__init__(model, args, **kwargs)
         if args.n_gpu > 1:
             raise ValueError(DATA_PARALLEL)
