@@ -1,6 +1,7 @@
 """``check`` on models and on the Trainers of Transformers and TRL: right, and broken on purpose."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from trl import SFTTrainer
 
 from irl_ops.debug import CheckError, check
 from irl_ops.debug.callback import CheckCallback
-from irl_ops.integrations.transformers import apply_iqlearn, iqlearn_loss_func
+from irl_ops.integrations.transformers import (
+    OnlineIQLearnArguments,
+    OnlineIQLearnTrainer,
+    apply_iqlearn,
+    iqlearn_loss_func,
+)
 
 from .test_trl import IQLearnTrainer, prompt_data, sft, text_data
 from .tiny_transformers import (
@@ -57,6 +63,34 @@ def trainer_of(model, tmp_path, *, kind=Trainer, loss_func=None, collator=collat
 # -------------------------------------------------------------------------------------------------
 # Models
 # -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_value_head_is_right(fused):
+    model = apply_iqlearn(llama(), value_head=True, fused_linear=fused, **OPTIONS).train()
+    torch.nn.init.normal_(model.value_head.weight)
+    batch = collate(examples(model))
+    report = check(model, batch)
+    assert report.ok and report.rows[-1].verdict == "right", str(report)
+    assert not check(model, batch, gamma=0.5).ok
+
+
+def test_a_trainer_that_samples_is_refused(tmp_path):
+    arguments = OnlineIQLearnArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = OnlineIQLearnTrainer(llama(), arguments, train_dataset=examples(llama()))
+    with pytest.raises(TypeError, match="OnlineIQLearnTrainer, which samples"):
+        check(trainer)
+
+
+def test_all_processes_stop_where_one_is_wrong(tmp_path, monkeypatch):
+    trainer = trainer_of(apply_iqlearn(llama(), **OPTIONS), tmp_path)
+    CheckCallback().attach(trainer)
+    right = types.SimpleNamespace(ok=True, raise_if_wrong=lambda: None)
+    monkeypatch.setattr("irl_ops.debug.callback.check", lambda *_, **__: right)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda oks: [*oks, False])
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(CheckError, match="right on process 0, and wrong on process 1"):
+        trainer.callback_handler.on_step_begin(trainer.args, trainer.state, trainer.control)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,7 +1,9 @@
 """Metrics in the logs, the schedule of lam, and the checks before an update."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,3 +138,14 @@ def test_lam_follows_its_schedule(tmp_path):
     for name, gradient in gradients.items():
         update = (before[name] - first_step[0][name]).double() / 0.1
         torch.testing.assert_close(update, gradient, rtol=CLOSE_UPDATE, atol=1e-5)
+
+
+def test_the_worst_checkpoint_is_not_kept():
+    """By default the Trainer looks for the largest "eval_nll"."""
+    given = {"label_smoothing_factor": 0.0, "n_gpu": 1, "metric_for_best_model": "eval_nll"}
+    model = apply_iqlearn(llama(), **OPTIONS)
+    for greater in (True, False):
+        arguments = SimpleNamespace(**given, greater_is_better=greater)
+        refused = pytest.raises(ValueError, match="accepted: greater_is_better=False")
+        with refused if greater else nullcontext():
+            IQLearnCallback().on_train_begin(arguments, None, None, model=model)

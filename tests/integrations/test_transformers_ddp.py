@@ -1,6 +1,6 @@
 """Two ranks on gloo take the step of one process, and log its metrics.
 
-pytest starts this file as a program, once with one process and once with two.
+pytest starts this file as a program, with two processes.
 """
 
 import gc
@@ -17,12 +17,22 @@ LR = 0.1
 
 
 def main(folder: Path) -> None:
-    """One accumulated step of 8 examples of unequal lengths, by however many ranks there are."""
+    """The steps of this file as a program."""
     # As in conftest.py: our kernels/ must not pass for the distribution that transformers knows.
     import irl_ops  # noqa: F401
 
     root = Path(__file__).resolve().parents[2]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+    torch.set_num_threads(1)
+    step(folder, int(os.environ["WORLD_SIZE"]))
+    # DDP's reducer goes before its process group. If it were the group's last owner, it would
+    # join the group's threads under the GIL, which one of them can be waiting for.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def step(folder: Path, ranks: int) -> None:
+    """One accumulated step of 8 examples of unequal lengths, by however many ranks there are."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -34,9 +44,7 @@ def main(folder: Path) -> None:
 
     from irl_ops.integrations.transformers import IQLearnCallback, apply_iqlearn
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    ranks = int(os.environ["WORLD_SIZE"])
     tokens = {"vocab_size": 41, "pad_token_id": 0, "eos_token_id": 2}
     llama = LlamaConfig(
         **tokens,
@@ -96,12 +104,6 @@ def main(folder: Path) -> None:
                 name: (before[name] - p.detach()) / LR for name, p in model.named_parameters()
             }
             torch.save((update, logged), folder / f"{type(model).__name__}-{ranks}.pt")
-    if ranks > 1:
-        # DDP's reducer goes before its process group. If it were the group's last owner, it would
-        # join the group's threads under the GIL, which one of them can be waiting for.
-        del model, trainer
-        gc.collect()
-        torch.distributed.destroy_process_group()
 
 
 def launch(program: str, folder: Path, ranks: int, timeout: float = 240) -> None:
@@ -136,7 +138,7 @@ def launch(program: str, folder: Path, ranks: int, timeout: float = 240) -> None
 
 @pytest.mark.slow
 def test_two_ranks_take_the_step_of_one_process(tmp_path):
-    launch(__file__, tmp_path, ranks=1)
+    step(tmp_path, ranks=1)
     launch(__file__, tmp_path, ranks=2)
     for kind in ("LlamaForCausalLM", "T5ForConditionalGeneration"):
         one, logged_by_one = torch.load(tmp_path / f"{kind}-1.pt")

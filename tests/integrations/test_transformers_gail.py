@@ -270,6 +270,45 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(build, options, tmp_path
         assert torch.equal(parameter, straight.model.policy.get_parameter(name))
 
 
+@pytest.mark.parametrize("build", [llama, adapted])
+def test_it_evaluates_keeps_the_best_and_makes_a_page(build, tmp_path):
+    """Evaluations are NLLs; the best policy comes back with its critic; a page shows the policy."""
+    model = build()
+    data = examples(model, lengths=(3, 4, 3, 4))
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_nll"}
+    every = {name: "steps" for name in ("eval_strategy", "save_strategy")}
+    with pytest.raises(ValueError, match="accepted: greater_is_better=False"):
+        gail(build(), data, tmp_path, **best, **every)
+    best["greater_is_better"] = False
+    changed = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "learning_rate": 3.0}
+    trainer = GAILTrainer(
+        model,
+        arguments(GAILArguments, tmp_path, **changed, **best, **every),
+        sampler=Canned(),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+    )
+    trainer.train()
+    policy = trainer.policy_model().eval()
+    logged = [log["eval_nll"] for log in trainer.state.log_history if "eval_nll" in log]
+    nll = torch.cat(
+        [
+            F.cross_entropy(
+                whole(policy, prompt, answer)[:-1].double(), torch.tensor(answer), reduction="none"
+            )
+            for prompt, answer in answers_of(data, policy)
+        ]
+    ).mean()
+    # float32; the last step has moved it by more
+    assert min(logged) == pytest.approx(nll.item(), rel=1e-5)
+    assert max(logged) > min(logged) + 1e-4
+    trainer.save_model()
+    trainer.create_model_card(model_name="m", tags=list(trainer.networks().model_tags))
+    page = (tmp_path / "README.md").read_text()
+    assert "- irl_ops" in page and "- GAILTrainer" in page and "Adversaries" not in page
+
+
 def test_adapters_and_gradient_checkpointing_are_refused(tmp_path):
     trainer = gail(adapted(), SEVEN, tmp_path, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="gradient_checkpointing=True"):

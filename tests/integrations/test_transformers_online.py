@@ -2,16 +2,22 @@
 
 import copy
 import json
+import types
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
 
+from peft import LoraConfig, get_peft_model
+
 from irl_ops.integrations.transformers import (
+    ContinuousSampler,
     OnlineIQLearnArguments,
     OnlineIQLearnTrainer,
+    VLLMSampler,
     apply_iqlearn,
+    sampled,
 )
 
 from .tiny_systems import EOS, Canned, answers_of, arguments, collate, counting, whole
@@ -235,3 +241,22 @@ def test_batches_and_models_that_are_refused(tmp_path):
     endless.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="eos_token_id is None"):
         online(endless, data, tmp_path)
+
+
+def test_engines_that_cannot_sample_are_refused(tmp_path, monkeypatch):
+    """No engine runs here: the Trainer is only told that one does."""
+    data = examples(llama())
+    client = types.SimpleNamespace(communicator=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampled, "is_deepspeed_zero3_enabled", lambda: True)
+        for sampler in (ContinuousSampler(4), VLLMSampler(client, 4)):
+            with pytest.raises(ValueError, match=f"{type(sampler).__name__} with .*ZeRO-3"):
+                online(llama(), data, tmp_path, sampler=sampler)
+        tuned = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="with PEFT under ZeRO-3"):
+            online(tuned, data, tmp_path, fused_linear=True)
+        online(tuned, data, tmp_path)
+    accelerator = types.SimpleNamespace(is_fsdp2=False)
+    fsdp1 = types.SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator)
+    with pytest.raises(ValueError, match=r"\['version'\]=1"):
+        OnlineIQLearnTrainer._refuse_engines(fsdp1)

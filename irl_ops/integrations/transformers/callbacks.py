@@ -46,8 +46,8 @@ class IQLearnCallback(TrainerCallback):
     Raises:
         TypeError: another ``loss_func``.
         ValueError: when training starts, for ``label_smoothing_factor`` other than 0,
-            ``nn.DataParallel``, a ``loss_func`` with ``sp_size`` above 1, or a model without
-            IQLearn.
+            ``nn.DataParallel``, a ``loss_func`` with ``sp_size`` above 1, a model without IQLearn,
+            or ``metric_for_best_model`` of an NLL or TD term with ``greater_is_better=True``.
         RuntimeError: before an update in which IQLearn was not called.
     """
 
@@ -94,6 +94,7 @@ class IQLearnCallback(TrainerCallback):
                 f"parallelism_config.sp_size={split.sp_size}, under which the Trainer calls no "
                 "compute_loss_func; accepted: 1, or apply_iqlearn(model, ...)"
             )
+        refuse_the_worst(args)
         loss = self._loss(kwargs["model"])
         loss.reset()
         if self.loss_func is not None:
@@ -146,6 +147,20 @@ def loss_of(model: torch.nn.Module) -> ModelLoss | None:
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 
     return applied_loss(transformers_model(extract_model_from_parallel(model)))
+
+
+def refuse_the_worst(args: Any) -> None:
+    """The Trainer takes every metric whose name does not end in "loss" for one that should rise.
+
+    Raises:
+        ValueError: it would keep the checkpoint with the largest NLL or TD term.
+    """
+    name = getattr(args, "metric_for_best_model", None) or ""
+    if name.endswith(("nll", "td")) and args.greater_is_better:
+        raise ValueError(
+            f"metric_for_best_model={name!r} with greater_is_better=True, which is the Trainer's "
+            "default for it, would keep the worst checkpoint; accepted: greater_is_better=False"
+        )
 
 
 def _reads_no_logits(trainer: Any) -> bool:

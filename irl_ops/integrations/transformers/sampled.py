@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from irl_ops.integrations.transformers import context
+from irl_ops.integrations.transformers.callbacks import refuse_the_worst
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, prompt_of
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss
 from irl_ops.integrations.transformers.sampling import (
@@ -68,6 +69,7 @@ class SampledTrainer(Trainer):
                 "label_smoothing_factor and compute_loss_func belong to another loss; accepted: 0 "
                 "and None"
             )
+        refuse_the_worst(args)
         super().__init__(model, args, **kwargs)
         context.refuse(type(self).__name__, context.sizes())
         if args.n_gpu > 1:
@@ -95,7 +97,7 @@ class SampledTrainer(Trainer):
 
     def _refuse_engines(self) -> None:
         """Of those that part weights over processes, what cannot sample."""
-        zero3 = is_deepspeed_zero3_enabled()
+        zero3 = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(
                 "fsdp_config['version']=1: a policy in FSDP1 is not sampled here; accepted: 2"
@@ -105,6 +107,13 @@ class SampledTrainer(Trainer):
                 "sampler=ContinuousSampler with weights parted by FSDP or ZeRO-3: it generates "
                 "in a thread of its own, at another pace on each process, and they would wait for "
                 "each other's weights; accepted: GenerateSampler, VLLMSampler"
+            )
+        unstored = self.args.fused_linear or hasattr(self.model, "critic")
+        if zero3 and hasattr(self.policy(), "peft_config") and unstored:
+            raise ValueError(
+                f"{type(self).__name__}(fused_linear={self.args.fused_linear}) with PEFT under "
+                "ZeRO-3, whose hooks would read logits that are not stored; accepted with PEFT: "
+                "FSDP2, ZeRO-2, DDP, and under ZeRO-3 OnlineIQLearnTrainer(fused_linear=False)"
             )
         if zero3 and isinstance(self.sampler, VLLMSampler):
             raise ValueError(
