@@ -99,7 +99,7 @@ def test_the_calculator_leaves_one_token_possible():
         encode=lambda text, **_: words[text],
     )
     scores = torch.randn(2, 12)
-    forced = measures.Calculator(tokenizer, 1)(torch.tensor([[0, 5], [0, 6]]), scores)
+    forced = measures.Calculator(tokenizer, 1, [2])(torch.tensor([[0, 5], [0, 6]]), scores)
     assert forced[0].isfinite().nonzero().flatten().tolist() == [9]
     assert torch.equal(forced[1], scores[1])
 
