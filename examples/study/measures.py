@@ -102,7 +102,9 @@ def generate(
                   "top_k": 0, "num_return_sequences": number}
         )  # fmt: skip
         if calculator:
-            drawn["logits_processor"] = LogitsProcessorList([Calculator(tokenizer, width, start.scorer.ends)])
+            drawn["logits_processor"] = LogitsProcessorList(
+                [Calculator(tokenizer, width, start.scorer.ends)]
+            )
         made = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **drawn,
             max_new_tokens=sizes.max_new_tokens, pad_token_id=tokenizer.pad_token_id,

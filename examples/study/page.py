@@ -1,15 +1,19 @@
-"""docs/study.md: what ran, with tables and plots, made from the results and from nothing else."""
+"""docs/study.md: what ran, with tables and plots, made from the results.
+
+What somebody has written between two marks of an earlier page is kept.
+"""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study.config import Experiment
+from study.config import Decoding, Experiment
 from study.plots import draw
 from study.results import Results, of
 from study.tables import rewards_table, table
 
+BY_HAND = "<!-- by hand: kept when the page is written anew -->", "<!-- end -->"
 BETTER = {"nll": min, "accuracy": max, "rouge1": max, "self_bleu": min}
 
 
@@ -27,10 +31,12 @@ def write(
         facts: of the whole study.
         command: what made it.
     """
+    kept = by_hand(page)
     folder = page.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    parts = ["# The study", opening(facts, seeds, command)]
+    cost = results.cpu_seconds((run for one in experiments for run in one.runs.values()), seeds)
+    parts = ["# The study", opening(facts, seeds, command, cost), kept]
     for experiment in experiments:
         beside = f"Beside the paper's {experiment.paper}. " if experiment.paper else ""
         parts += [f"## {experiment.title}", beside +
@@ -49,7 +55,16 @@ def write(
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def opening(facts: dict[str, Any], seeds: Sequence[int], command: str) -> str:
+def by_hand(page: Path) -> str:
+    """What stands between the marks of an earlier page, with them."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    first, last = BY_HAND
+    if first not in text:
+        return ""
+    return first + text.partition(first)[2].partition(last)[0] + last
+
+
+def opening(facts: dict[str, Any], seeds: Sequence[int], command: str, cost: float) -> str:
     """What ran, and how to read it."""
     sizes = facts["sizes"]
     count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
@@ -59,12 +74,14 @@ online IQLearn and GAIL. This page is written by
 
     {command}
 
-from results that it leaves in a folder, one JSON file for each run and seed; interrupted, it goes
-on. Each table is a file in `examples/study/`, where its runs stand.
+(`make study` is the same with an environment for it), from results that it leaves in a folder,
+one JSON file for each run and seed; interrupted, it goes on. Each table is a file in
+`examples/study/`, where its runs stand. All of it took {cost / 60:.0f} minutes of CPU time,
+beside other work; runs go side by side, one on each core.
 
 What ran: {facts["data"]}; {facts["model"]}. {facts["train"]} pairs to train on and
 {facts["held_out"]} held out, {sizes["steps"]} updates of {sizes["batch_size"]} pairs
-({sizes["online_steps"]} for GAIL, after those of maximum likelihood), {sizes["samples"]} answers to
+({sizes["online_steps"]} for GAIL, after those of maximum likelihood); {sizes["samples"]} answers to
 each held-out question, {count}. Figures are means over the seeds ± their standard error.
 NLL, entropy and TD² are means over the tokens of held-out answers; TD² is that at γ = 1, whatever
 the run was trained with, and of a value head where there is one. Lower Self-BLEU is more diverse,
@@ -78,7 +95,7 @@ size."""
 def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
     """Which run is best by each measure, and whether by more than the errors."""
     said = []
-    how = experiment.decodings[0].name  # the others are compared in the plot
+    how = usual(experiment)
     for name in [c for c in experiment.columns if c in BETTER]:
         best = BETTER[name]
         found = {
@@ -106,9 +123,15 @@ def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) ->
     return said
 
 
+def usual(experiment: Experiment) -> str:
+    """Plain samples, where they are among the decodings; the others are compared in the plot."""
+    names = [how.name for how in experiment.decodings]
+    return Decoding().name if Decoding().name in names else names[0]
+
+
 def lengths(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
     """Whose answers are as long as held-out ones, and whose are not."""
-    how = experiment.decodings[0].name
+    how = usual(experiment)
     records = {
         label: found
         for label, run in experiment.runs.items()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,6 +52,17 @@ class Results:
     def seeds(self, run: Run, seeds: Iterable[int]) -> list[Record]:
         """Those of the seeds that are there."""
         return [found for seed in seeds if (found := self.read(run, seed)) is not None]
+
+    def cpu_seconds(self, runs: Iterable[Run], seeds: Sequence[int]) -> float:
+        """What runs took, and the initial policies that they begin with."""
+        runs = set(runs)
+        found = [r["cpu_seconds"] for run in runs for r in self.seeds(run, seeds)]
+        for architecture in {run.architecture for run in runs}:
+            for seed in seeds:
+                path = self.folder / "start" / f"{architecture}-{seed}.json"
+                if path.exists():
+                    found.append(json.loads(path.read_text(encoding="utf-8"))["cpu_seconds"])
+        return math.fsum(found)
 
 
 def lacks(record: Record | None, decodings: Iterable[str], rewards: bool) -> bool:

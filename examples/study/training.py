@@ -161,7 +161,7 @@ def _online(
     from irl_ops.integrations.transformers import OnlineIQLearnArguments, OnlineIQLearnTrainer
 
     trainer = OnlineIQLearnTrainer(
-        model,
+        apply_iqlearn(model, value_head=True) if run.value_head else model,
         OnlineIQLearnArguments(
             **arguments(sizes, sizes.steps, seed), alpha=run.alpha, lam=run.lam, gamma=run.gamma,
             entropy_coef=run.entropy_coef, mle_warmup_steps=round(run.warmup * sizes.steps),

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts, not a package
 
 import run_study  # noqa: E402
-from study import measures, rewards, tasks  # noqa: E402
+from study import measures, rewards, tasks, work  # noqa: E402
 from study.config import ConfigError, Decoding, Run, expand, read  # noqa: E402
 from study.results import Results, lacks  # noqa: E402
 from study.training import OfflineTrainer, divergence  # noqa: E402
@@ -269,7 +269,7 @@ def test_a_study_is_run_once_and_reported_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_study, "CONFIGS", tmp_path)
     out = tmp_path / "out"
     arguments = ["run_study.py", "--quick", "--only", "pareto", "--seeds", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--jobs", "2"])
     run_study.main()
     page = (out / "study.md").read_text(encoding="utf-8")
     for label in ("MLE", "IQLearn", "online", "GAIL"):
@@ -285,11 +285,21 @@ def test_a_study_is_run_once_and_reported_again(tmp_path, monkeypatch, capsys):
         assert record["decodings"].keys() == {"T=1", "beam 2"}
         assert record["curve"][-1]["nll"] == pytest.approx(record["held_out"]["nll"], rel=1e-6)
 
+    assert all(record["cpu_seconds"] > 0 for record in records)
+    assert {p.name for p in (out / "start").glob("*.json")} == {
+        "decoder-0.json", "encoder-decoder-0.json"
+    }  # fmt: skip
+
     def trained(*arguments):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(run_study, "fine_tune", trained)
-    run_study.main()  # all results are there
+    monkeypatch.setattr(work, "fine_tune", trained)
+    monkeypatch.setattr(sys, "argv", arguments)
+    first, last = run_study.page.BY_HAND
+    hand = f"{first}\n\nWritten by hand.\n\n{last}"
+    page = page.replace("\n\n## ", f"\n\n{hand}\n\n## ", 1)
+    (out / "study.md").write_text(page, encoding="utf-8")
+    run_study.main()  # all results are there, and what was written by hand stays
     assert (out / "study.md").read_text(encoding="utf-8") == page
     next(out.glob("mle-*/seed-0.json")).unlink()
     with pytest.raises(AssertionError, match="trained again"):
@@ -316,6 +326,7 @@ def test_what_was_not_measured_is_missed(tmp_path):
     [
         (["--data", "train.jsonl"], "accepted: both, or neither"),
         (["--paper", "--model", "m"], "accepted: all three"),
+        (["--jobs", "0"], "--jobs: 0 given"),
     ],
 )
 def test_the_command_line_asks_for_what_belongs_together(arguments, said, monkeypatch, capsys):

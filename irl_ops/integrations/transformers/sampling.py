@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.value_head import NAME
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig
@@ -144,7 +145,13 @@ class VLLMSampler:
                 f"model={type(model).__name__}; accepted by VLLMSampler: a decoder without adapters"
             )
         if self.main_process:
-            self.client.update_model_params(base)
+            weights = [
+                (name, weight.data)
+                for name, weight in base.named_parameters()
+                if not name.startswith(f"{NAME}.")  # vLLM's model has no value head
+            ]
+            described = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights]
+            self.client.update_named_params(described, iter(weights))
             self.client.reset_prefix_cache()  # its keys and values are of the old weights
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
