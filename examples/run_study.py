@@ -60,7 +60,8 @@ def parse() -> argparse.Namespace:
     add("--test", type=Path, help="JSON lines held out; asked for beside --data")
     add("--model", help="a pre-trained model; default: a small one is made and pre-trained")
     add("--seeds", type=int, default=None, help="default: 3, and 2 with --quick")
-    for name in ("steps", "batch_size", "width", "layers", "max_new_tokens", "test_pairs"):
+    for name in ("train_pairs", "test_pairs", "start_steps", "steps", "online_steps", "batch_size",
+                 "width", "layers", "vocab_size", "max_length", "max_new_tokens"):  # fmt: skip
         add(f"--{name.replace('_', '-')}", type=int, help="another number than the size has")
     add("--jobs", type=int, help="runs side by side, of one thread each; default: one a core of a "
         "CPU for small models that are made here, else 1")  # fmt: skip
@@ -119,7 +120,8 @@ def main() -> None:
     model = options.model.replace("/", "_") if options.model else "made"
     out = options.out or Path("runs/study") / f"{size}_{data}_{model}"
     task = task_of(options, sizes)
-    made = "small models made here, pre-trained on other pairs of the kind"
+    other = "other pairs of the kind" if options.data is None else "the training data"
+    made = f"small models made here, pre-trained on {other}"
     facts = {
         "data": task.name,
         "train": len(task.train),

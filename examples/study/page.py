@@ -36,7 +36,8 @@ def write(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     cost = results.cpu_seconds((run for one in experiments for run in one.runs.values()), seeds)
-    parts = ["# The study", opening(facts, seeds, command, cost), kept]
+    parts = ["# The study", opening(facts, seeds, command, cost),
+             fitting(experiments, results, seeds, facts), kept]  # fmt: skip
     for experiment in experiments:
         beside = f"Beside the paper's {experiment.paper}. " if experiment.paper else ""
         parts += [f"## {experiment.title}", beside +
@@ -90,6 +91,23 @@ but Self-BLEU moves with the length of answers too: compare runs of like length.
 
 At this size the tables show how the comparison is made; they decide nothing about models of another
 size."""
+
+
+def fitting(
+    experiments: Sequence[Experiment], results: Results, seeds: Sequence[int], facts: dict[str, Any]
+) -> str:
+    """How many pairs were too long, where any were."""
+    runs = {run for one in experiments for run in one.runs.values()}
+    pairs = [r["pairs"] for run in runs for r in results.seeds(run, seeds) if "pairs" in r]
+    if not pairs:
+        return ""
+    train, held_out, cut = (min(x[n] for x in pairs) for n in ("train", "held_out", "cut"))
+    if (train, held_out, cut) == (facts["train"], facts["held_out"], 0):
+        return ""
+    return (
+        f"{train} questions to train on and {held_out} held out left room for an answer within "
+        f"{facts['sizes']['max_length']} tokens; {cut} of the answers were cut there."
+    )
 
 
 def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:

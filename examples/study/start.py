@@ -178,5 +178,7 @@ def prepare(
             steps = sizes.start_steps * (2 if scorer.two_parts else 1)
             train(model, rows, start.collate, steps, seed)
             saved.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), saved)
+            half = saved.with_suffix(".half")
+            torch.save(model.state_dict(), half)
+            half.replace(saved)  # the file is whole or absent
     return start

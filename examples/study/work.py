@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -23,8 +25,6 @@ from study.start import Sizes, Start, prepare
 from study.tasks import Task
 from study.training import fine_tune, pre_train
 
-COST = {"gail": 0, "online": 1}  # the longest first, so that processes end together
-
 
 class Wanted:
     """What has to be measured of each run, over all experiments."""
@@ -40,10 +40,9 @@ class Wanted:
                     self.rewards.add(run)
 
     def missing(self, results: Results, seeds: Sequence[int]) -> Iterator[tuple[Run, int]]:
-        """Runs that have not been measured; seeds go outermost, so that all runs have the first."""
-        order = sorted(self.decodings, key=lambda run: COST.get(run.loss, 2))
-        for seed in seeds:
-            for run in order:
+        """Runs that have not been measured: one after another, each with all its seeds."""
+        for run in self.decodings:
+            for seed in seeds:
                 record = results.read(run, seed)
                 if lacks(record, self.decodings[run], run in self.rewards):
                     yield run, seed
@@ -68,7 +67,7 @@ class Work(NamedTuple):
 
 
 class Bench:
-    """Where one process works: it keeps the initial policies of the seed that it is at."""
+    """Where one process works: it keeps the initial policies, which are small or the same one."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -80,14 +79,14 @@ class Bench:
 
     def start(self, architecture: str, seed: int) -> Start:
         """The initial policy; the first to ask for it pre-trains it, and keeps what that cost."""
-        place = (architecture, seed)
+        # A pre-trained model is the same for all seeds.
+        place = (architecture, seed if self.work.model is None else 0)
         if place not in self.kept:
-            self.kept = {k: v for k, v in self.kept.items() if k[1] == seed}
             task, name, sizes = self.work.task, self.work.model, self.work.sizes
             saved = self.work.folder / "start" / f"{architecture}-{seed}.pt"
             new, began = not saved.exists(), time.process_time()
             train = partial(pre_train, sizes)
-            self.kept[place] = prepare(task, architecture, name, sizes, seed, saved, train)
+            self.kept[place] = prepare(task, architecture, name, sizes, place[1], saved, train)
             if new and saved.exists():
                 cost = {"cpu_seconds": time.process_time() - began}
                 saved.with_suffix(".json").write_text(json.dumps(cost), encoding="utf-8")
@@ -102,7 +101,16 @@ class Bench:
         model, curve, seconds = fine_tune(start, run, sizes, seed, partial(held_out, start))
         references = [start.tokenizer.decode(x.answer, skip_special_tokens=True)
                       for x in start.test]  # fmt: skip
+        ends = set(start.scorer.ends)
+        answers = [*(x["input_ids"] for x in start.train), *(x.answer for x in start.test)]
+        if start.scorer.two_parts:
+            answers[: len(start.train)] = [x["labels"] for x in start.train]
         found = {
+            "pairs": {
+                "train": len(start.train),
+                "held_out": len(start.test),
+                "cut": sum(x[-1] not in ends for x in answers),
+            },
             "held_out": held_out(start, model),
             "reference_length": statistics.fmean(len(x.answer) - 1 for x in start.test),
             "curve": curve,
@@ -126,7 +134,16 @@ _bench: Bench  # of a process that was started for the runs
 
 def _open(work: Work) -> None:
     global _bench
+    threading.Thread(target=_watch, daemon=True).start()
     _bench = Bench(work)
+
+
+def _watch() -> None:
+    """End with the process that hands out the runs, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _start(architecture: str, seed: int) -> None:
@@ -161,8 +178,8 @@ def run_all(
         fresh = multiprocessing.get_context("spawn")  # a fork would share torch's threads
         pool = ProcessPoolExecutor(min(jobs, len(missing) or 1), fresh, _open, (work,))
         try:
+            progress.phase("initial policies")  # each made once, before several ask for it
             starts = dict.fromkeys((run.architecture, seed) for run, seed in missing)
-            progress.phase("initial policies")
             for made in [pool.submit(_start, *place) for place in starts]:
                 made.result()
             for done, (run, seed, found) in enumerate(side_by_side(pool, missing, wanted), 1):

@@ -150,7 +150,9 @@ class VLLMSampler:
                 for name, weight in base.named_parameters()
                 if not name.startswith(f"{NAME}.")  # vLLM's model has no value head
             ]
-            described = [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights]
+            described = [
+                (n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights
+            ]
             self.client.update_named_params(described, iter(weights))
             self.client.reset_prefix_cache()  # its keys and values are of the old weights
         if torch.distributed.is_available() and torch.distributed.is_initialized():
