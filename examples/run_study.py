@@ -15,6 +15,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ def main() -> None:
     }
     results = Results(out, facts)
     seeds = range(options.seeds)
-    work = Work(task, options.model, sizes, out, options.threads)
+    work = Work(partial(task_of, options, sizes), options.model, sizes, out, options.threads)
     run_all(Wanted(experiments), results, seeds, work, options.jobs, console)
     target = options.page or out / "study.md"
     command = shlex.join(["python", "examples/run_study.py", *shown(sys.argv[1:])])

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study.config import Decoding, Experiment
+from study.config import Experiment
+from study.findings import sentences
 from study.plots import draw
-from study.results import Results, of
+from study.results import Results
 from study.tables import rewards_table, table
 
 BY_HAND = "<!-- by hand: kept when the page is written anew -->", "<!-- end -->"
-BETTER = {"nll": min, "accuracy": max, "rouge1": max, "self_bleu": min}
 
 
 def write(
@@ -86,7 +86,10 @@ What ran: {facts["data"]}; {facts["model"]}. {facts["train"]} pairs to train on 
 each held-out question, {count}. Figures are means over the seeds ± their standard error.
 NLL, entropy and TD² are means over the tokens of held-out answers; TD² is that at γ = 1, whatever
 the run was trained with, and of a value head where there is one. Lower Self-BLEU is more diverse,
-but Self-BLEU moves with the length of answers too: compare runs of like length. At most
+but Self-BLEU moves with the length of answers too: compare runs of like length. Beside a baseline,
+runs are compared seed by seed, as those of a seed begin with the same initial policy: they are
+"like it" where the mean difference is within two of its standard errors, which so few seeds tell
+only roughly. At most
 {sizes["max_new_tokens"]} tokens are generated; "unfinished" answers have no end token by then.
 
 At this size the tables show how the comparison is made; they decide nothing about models of another
@@ -108,64 +111,6 @@ def fitting(
         f"{train} questions to train on and {held_out} held out left room for an answer within "
         f"{facts['sizes']['max_length']} tokens; {cut} of the answers were cut there."
     )
-
-
-def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
-    """Which run is best by each measure, and whether by more than the errors."""
-    said = []
-    how = usual(experiment)
-    for name in [c for c in experiment.columns if c in BETTER]:
-        best = BETTER[name]
-        found = {
-            label: value
-            for label, run in experiment.runs.items()
-            if (value := of(results.seeds(run, seeds), name, how)) is not None
-        }
-        if len(found) < 2:
-            continue
-        ordered = sorted(found, key=lambda label: found[label][0], reverse=best is max)
-        (first, e1), (second, e2) = (found[label] for label in ordered[:2])
-        if len(seeds) < 2:
-            verdict = "of one seed"
-        elif abs(first - second) > 2 * ((e1 or 0) ** 2 + (e2 or 0) ** 2) ** 0.5:
-            verdict = "more than two standard errors apart"
-        else:
-            verdict = "within two standard errors of each other"
-        title = {"nll": "NLL", "self_bleu": "Self-BLEU", "rouge1": "ROUGE-1"}.get(name, name)
-        said.append(
-            f"Best {title}: {ordered[0]} ({first:.3g}), then {ordered[1]} ({second:.3g}), "
-            f"{verdict}."
-        )
-    if "length" in experiment.columns:
-        said += lengths(experiment, results, seeds)
-    return said
-
-
-def usual(experiment: Experiment) -> str:
-    """Plain samples, where they are among the decodings; the others are compared in the plot."""
-    names = [how.name for how in experiment.decodings]
-    return Decoding().name if Decoding().name in names else names[0]
-
-
-def lengths(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
-    """Whose answers are as long as held-out ones, and whose are not."""
-    how = usual(experiment)
-    records = {
-        label: found
-        for label, run in experiment.runs.items()
-        if (found := results.seeds(run, seeds))
-    }
-    wanted = next(iter(records.values()))[0]["reference_length"]
-    found = {label: of(r, "length", how) for label, r in records.items()}
-    means = {label: value[0] for label, value in found.items() if value is not None}
-    if len(means) < 2:
-        return []
-    ordered = sorted(means, key=lambda label: abs(means[label] - wanted))
-    near, far = ordered[0], ordered[-1]
-    return [
-        f"Length nearest to that of held-out answers ({wanted:.1f}): {near} ({means[near]:.1f}); "
-        f"furthest: {far} ({means[far]:.1f})."
-    ]
 
 
 def telescoping(experiment: Experiment, results: Results, seeds: Sequence[int]) -> str:

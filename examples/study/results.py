@@ -80,10 +80,12 @@ def mean(values: Sequence[float]) -> Mean:
 
 def of(records: Sequence[Record], name: str, decoding: str) -> Mean | None:
     """A metric by its name over the seeds; None where it was not measured."""
-    values = [
-        value
-        for record in records
-        if (value := {**record["held_out"], **record["decodings"].get(decoding, {})}.get(name))
-        is not None
-    ]
+    found = [value_of(record, name, decoding) for record in records]
+    values = [value for value in found if value is not None]
     return mean(values) if values else None
+
+
+def value_of(record: Record, name: str, decoding: str) -> float | None:
+    """A metric of one run and seed, None where it was not measured."""
+    value: float | None = {**record["held_out"], **record["decodings"].get(decoding, {})}.get(name)
+    return value

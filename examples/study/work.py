@@ -6,7 +6,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -52,14 +52,15 @@ class Work(NamedTuple):
     """What all runs have in common.
 
     Attributes:
-        task: the data.
+        task: makes the data. The data itself would be too much for a pipe, and the second process
+            would not start before the first has imported all.
         model: the name of a pre-trained model, None for small ones that are made here.
         sizes: how much is done.
         folder: of the results.
         threads: of a run; None leaves torch as it is.
     """
 
-    task: Task
+    task: Callable[[], Task]
     model: str | None
     sizes: Sizes
     folder: Path
@@ -70,7 +71,7 @@ class Bench:
     """Where one process works: it keeps the initial policies, which are small or the same one."""
 
     def __init__(self, work: Work) -> None:
-        self.work = work
+        self.work, self.task = work, work.task()
         self.kept: dict[tuple[str, int], Start] = {}
         if work.threads is not None:
             torch.set_num_threads(work.threads)
@@ -82,7 +83,7 @@ class Bench:
         # A pre-trained model is the same for all seeds.
         place = (architecture, seed if self.work.model is None else 0)
         if place not in self.kept:
-            task, name, sizes = self.work.task, self.work.model, self.work.sizes
+            task, name, sizes = self.task, self.work.model, self.work.sizes
             saved = self.work.folder / "start" / f"{architecture}-{seed}.pt"
             new, began = not saved.exists(), time.process_time()
             train = partial(pre_train, sizes)
@@ -102,9 +103,7 @@ class Bench:
         references = [start.tokenizer.decode(x.answer, skip_special_tokens=True)
                       for x in start.test]  # fmt: skip
         ends = set(start.scorer.ends)
-        answers = [*(x["input_ids"] for x in start.train), *(x.answer for x in start.test)]
-        if start.scorer.two_parts:
-            answers[: len(start.train)] = [x["labels"] for x in start.train]
+        answers = [*(x["labels"] for x in start.train), *(x.answer for x in start.test)]
         found = {
             "pairs": {
                 "train": len(start.train),

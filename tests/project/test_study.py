@@ -14,8 +14,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts, not a package
 
 import run_study  # noqa: E402
-from study import measures, rewards, tasks, work  # noqa: E402
-from study.config import ConfigError, Decoding, Run, expand, read  # noqa: E402
+from study import findings, measures, rewards, tasks, work  # noqa: E402
+from study.config import ConfigError, Decoding, Experiment, Run, expand, read  # noqa: E402
 from study.results import Results, lacks  # noqa: E402
 from study.training import OfflineTrainer, divergence  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
@@ -319,6 +319,30 @@ def test_what_was_not_measured_is_missed(tmp_path):
     assert not lacks(record, ["T=1"], False)
     assert lacks(record, ["T=1", "beam 4"], False) and lacks(record, [], True)
     assert Decoding(top_p=0.9).name == "top-p 0.9"
+
+
+def test_runs_are_compared_with_the_baseline_seed_by_seed(tmp_path):
+    results = Results(tmp_path, {})
+    runs = {
+        "base": Run(),
+        "same": Run(kl=1),
+        "long": Run(kl=2),
+        "short": Run(kl=3),
+        "one": Run(kl=4),
+    }
+    more = {"base": [0, 0, 0], "same": [1, -1, 0.5], "long": [1, 1.5, 2], "short": [-3, -2, -3]}
+    for label, run in runs.items():
+        for seed, difference in enumerate(more.get(label, [9])):
+            # the seeds are further apart than the runs
+            found = {"length": 40 + 20 * seed + difference}
+            results.write(run, seed, {"held_out": {}, "decodings": {"T=1": found}})
+    experiment = Experiment("n", "", "", "", runs, [Decoding()], ["length"], baseline="base")
+    (said,) = findings.against(experiment, results, [0, 1, 2])
+    assert said == "length beside base's: like it: same; shorter: short; longer: long."
+    assert findings.difference(experiment, results, [0, 1, 2], "long", "length") == pytest.approx(
+        (1.5, 0.5 / 3**0.5)
+    )
+    assert findings.against(experiment, results, [0]) == []
 
 
 @pytest.mark.parametrize(
