@@ -62,10 +62,11 @@ def against(experiment: Experiment, results: Results, seeds: Sequence[int]) -> l
             middle, error = found
             like = abs(middle) <= 2 * (error or 0)
             group = "like it" if like else below if middle < 0 else above
-            groups[group].append(label)
+            groups[group].append(f"*{label}*")
         if any(groups.values()):
             told = "; ".join(f"{how}: {', '.join(them)}" for how, them in groups.items() if them)
-            said.append(f"{NAMES[name]} beside {experiment.baseline}'s: {told}.")
+            title = NAMES[name][0].upper() + NAMES[name][1:]
+            said.append(f"{title} beside *{experiment.baseline}*: {told}.")
     return said
 
 

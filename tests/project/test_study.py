@@ -338,7 +338,7 @@ def test_runs_are_compared_with_the_baseline_seed_by_seed(tmp_path):
             results.write(run, seed, {"held_out": {}, "decodings": {"T=1": found}})
     experiment = Experiment("n", "", "", "", runs, [Decoding()], ["length"], baseline="base")
     (said,) = findings.against(experiment, results, [0, 1, 2])
-    assert said == "length beside base's: like it: same; shorter: short; longer: long."
+    assert said == "Length beside *base*: like it: *same*; shorter: *short*; longer: *long*."
     assert findings.difference(experiment, results, [0, 1, 2], "long", "length") == pytest.approx(
         (1.5, 0.5 / 3**0.5)
     )
