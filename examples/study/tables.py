@@ -21,7 +21,7 @@ NAMES = {
     "length": "length",
     "unfinished": "unfinished %",
 }
-DIGITS = {"nll": 3, "entropy": 2}
+DIGITS = {"nll": 3, "entropy": 2, "td": 2}
 
 
 def cell(found: Mean | None, digits: int) -> str:
