@@ -1,7 +1,13 @@
 """Table 1 of the paper: what does an update cost with each system, as a ratio of MLE's?
 
-    python examples/profile_steps.py                  # on a CPU: the shapes of T5, much smaller
-    python examples/profile_steps.py --shapes base large xl --scale 1 --device cuda
+    python examples/profile_steps.py                  # on a CPU: the shapes of T5, divided by 4
+    python examples/profile_steps.py --device cuda    # whole
+    python examples/profile_steps.py --quick          # seconds, to see that it runs
+    python examples/profile_steps.py --page docs/systems.md   # put the table there
+
+Prints a table for each shape and one in Markdown for all, and writes every time to a JSON file
+under benchmarks/results/. Times are of a quiet machine or they say nothing: the load is written
+beside them.
 
 Random weights and tokens; the trainers are the library's own, and the time of an update is what
 they take between two callbacks, sampling apart. The systems take turns, in an order drawn anew in
@@ -10,7 +16,7 @@ each round, on copies of the same weights.
 
 import argparse
 import copy
-import json
+import os
 import platform
 import random
 import statistics
@@ -63,6 +69,7 @@ SHAPES = {
     "xl": Shape(1024, 16384, 128, 32, 24, 16,
                 {"MLE": 1031, "GAIL": 1410, "IQLearn": 1355, "sampling": 1823}),
 }  # fmt: skip
+MARKS = "<!-- profile-steps -->", "<!-- end -->"  # of a page, around the table
 PAPERS = {"offline IQLearn": "IQLearn", "online IQLearn": "IQLearn", "GAIL": "GAIL",
           "sampling": "sampling"}  # fmt: skip
 
@@ -213,41 +220,53 @@ def main() -> None:
     )
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES) if cuda else ["base"])
-    add("--scale", type=int, help="divide widths, heads, layers; default: 1 on a GPU, 8 on a CPU")
+    add("--quick", action="store_true", help="the smallest of all, once; its times say nothing")
+    add("--shapes", nargs="+", choices=SHAPES, help="default: all")
+    add("--scale", type=int, help="divide widths, heads, layers, batch and vocabulary; default: 1 "
+        "on a GPU, 4 on a CPU")  # fmt: skip
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    add("--batch", type=int, help="default: the paper's on a GPU, 2 on a CPU")
-    add("--prompt", type=int, help="tokens of a question; default: 256 on a GPU, 16 on a CPU")
-    add("--answer", type=int, help="tokens of an answer; default: 128 on a GPU, 16 on a CPU")
-    add("--vocab", type=int, help="default: 32128 on a GPU, 1024 on a CPU")
-    add("--rounds", type=int, default=3)
-    add("--updates", type=int, default=4, help="timed in each round")
+    add("--batch", type=int, help="default: the paper's, divided")
+    add("--prompt", type=int, help="tokens of a question; default: 256 on a GPU, 64 on a CPU")
+    add("--answer", type=int, help="tokens of an answer; default: 128 on a GPU, 64 on a CPU")
+    add("--vocab", type=int, help="default: 32128, divided")
+    add("--rounds", type=int, help="default: 3")
+    add("--updates", type=int, help="timed in each round; default: 3")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    add("--out", type=Path, default=Path("runs/profile_steps.json"))
+    add("--out", type=Path, help="default: benchmarks/results/profile-steps-DEVICE.json")
+    add("--page", type=Path, help="put the Markdown table between the marks of this file")
     options = parser.parse_args()
-    gpu = options.device == "cuda"
+    gpu, quick = options.device == "cuda", options.quick
     dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
-    scale = options.scale or (1 if gpu else 8)
+    scale = options.scale or (16 if quick else 1 if gpu else 4)
+    tokens = (8, 8) if quick else (256, 128) if gpu else (64, 64)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, results = Console(), {}
-    for name in options.shapes:
+    for name in options.shapes or (["base"] if quick else list(SHAPES)):
         shape = SHAPES[name]
         size = Size(
-            options.batch or (shape.batch if gpu else 2), options.prompt or (256 if gpu else 16),
-            options.answer or (128 if gpu else 16), options.vocab or (32128 if gpu else 1024),
-            options.rounds, options.updates,
+            options.batch or max(1, shape.batch // scale), options.prompt or tokens[0],
+            options.answer or tokens[1], options.vocab or 32128 // scale,
+            options.rounds or (1 if quick else 3), options.updates or (1 if quick else 3),
         )  # fmt: skip
         model = t5(shape, scale, size.vocab, dtype)
         times = measure(model, size, options.device)
         results[name] = {"size": size._asdict(), "parameters": model.num_parameters(),
                          "milliseconds": times}  # fmt: skip
         console.print(table(name, shape, scale, times, model.num_parameters()))
-    device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"device": device, "threads": torch.get_num_threads(), "dtype": str(dtype)}
-    write_json(options.out, {**facts, "scale": scale, "shapes": results})
-    console.print(str(options.out), json.dumps(facts), highlight=False)
+    device = torch.cuda.get_device_name() if gpu else platform.machine()
+    facts = {"device": device, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+             "dtype": str(dtype).removeprefix("torch."), "scale": scale}  # fmt: skip
+    file = f"profile-steps-{device.lower().replace(' ', '-') if gpu else 'cpu'}.json"
+    folder = Path("runs" if quick else "benchmarks/results")
+    out = options.out or folder / file
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {**facts, "shapes": results})
+    text = markdown(facts, results)
+    console.print(f"\n{text}\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(str(out), highlight=False)
+    if options.page:
+        put(options.page, text)
 
 
 def table(
@@ -267,6 +286,48 @@ def table(
         paper = shape.paper.get(PAPERS.get(system, "MLE"), 0) / shape.paper["MLE"]
         made.add_row(system, f"{middle:.1f}", f"{middle / mle:.2f}", f"{paper:.2f}")
     return made
+
+
+def markdown(facts: dict[str, Any], results: dict[str, Any]) -> str:
+    """One column for each shape: a ratio to MLE's median, and the paper's."""
+    ratios = {}
+    for name, found in results.items():
+        times, paper = found["milliseconds"], SHAPES[name].paper
+        mle = statistics.median(times["MLE"])
+        ratios[name] = {"MLE": f"{mle:.0f} ms ({paper['MLE']:.0f} ms)"} | {
+            system: f"{statistics.median(times[system]) / mle:.2f} ({beside / paper['MLE']:.2f})"
+            for system, key in PAPERS.items()
+            for beside in [paper[key]]
+        }
+    header = ["of MLE's update (the paper's)", *(
+        f"T5-{name}, {found['parameters'] / 1e6:.1f} M" for name, found in results.items()
+    )]  # fmt: skip
+    lines = [header, ["---"] * len(header)]
+    lines += [[system, *(one[system] for one in ratios.values())] for system in ("MLE", *PAPERS)]
+    size = next(iter(results.values()))["size"]
+    said = (
+        f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}; "
+        f"load {facts['load']:.1f}; "
+        + (f"shapes and vocabulary divided by {facts['scale']}; " if facts["scale"] > 1 else "")
+        + f"{size['prompt']} tokens of a question and {size['answer']} of an answer, batches of "
+        + ", ".join(str(found["size"]["batch"]) for found in results.values())
+        + f"; medians of {size['rounds'] * size['updates']} updates."
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + said
+
+
+def put(page: Path, text: str) -> None:
+    """Replace what stands between the marks of a page.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    first, last = MARKS
+    before, mark, rest = page.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not (mark and end):
+        raise ValueError(f"--page {page}: no {first} ... {last} in it; accepted: a page with both")
+    page.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,26 +13,20 @@ examples/study/*.toml.
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from report import Progress
 from rich.console import Console
 from study import page
-from study.config import ConfigError, Decoding, Experiment, Run, read
-from study.measures import generate, held_out, measured, score_all, scorer_of, texts
-from study.results import Results, lacks
-from study.rewards import correlations
-from study.start import Sizes, Start, prepare
+from study.config import ConfigError, read
+from study.results import Results
+from study.start import Sizes
 from study.tasks import Task, from_files, synthetic
-from study.training import fine_tune, pre_train
+from study.work import Wanted, Work, run_all
 from text_data import DataError
-from transformers.utils import logging
 
 CONFIGS = Path(__file__).parent / "study"
 ORDER = ("pareto", "settings", "decoding", "online", "subsets", "gail", "architectures", "rewards")
@@ -67,8 +61,11 @@ def parse() -> argparse.Namespace:
     add("--test", type=Path, help="JSON lines held out; asked for beside --data")
     add("--model", help="a pre-trained model; default: a small one is made and pre-trained")
     add("--seeds", type=int, default=None, help="default: 3, and 2 with --quick")
-    for name in ("steps", "batch_size", "width", "layers", "max_new_tokens", "test_pairs"):
+    for name in ("train_pairs", "test_pairs", "start_steps", "steps", "online_steps", "batch_size",
+                 "width", "layers", "vocab_size", "max_length", "max_new_tokens"):  # fmt: skip
         add(f"--{name.replace('_', '-')}", type=int, help="another number than the size has")
+    add("--jobs", type=int, help="runs side by side, of one thread each; default: one a core of a "
+        "CPU for small models that are made here, else 1")  # fmt: skip
     add("--out", type=Path, help="default: runs/study/NAME, by data, model and size")
     add("--page", type=Path, help="default: study.md in --out; docs/study.md to publish it")
     options = parser.parse_args()
@@ -77,6 +74,12 @@ def parse() -> argparse.Namespace:
     if options.paper and not (options.model and options.data):
         parser.error("--paper: given without --model or --data; accepted: all three")
     options.seeds = options.seeds or (2 if options.quick else 3)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs: {options.jobs} given; accepted: at least 1")
+    small = options.model is None and not torch.cuda.is_available()
+    options.jobs = options.jobs or (torch.get_num_threads() if small and not options.quick else 1)
+    # A small model gains nothing from a second thread.
+    options.threads = 1 if small or options.jobs > 1 else None
     return options
 
 
@@ -94,74 +97,11 @@ def task_of(options: argparse.Namespace, sizes: Sizes) -> Task:
     return from_files(options.data, options.test, sizes.train_pairs, sizes.test_pairs)
 
 
-class Wanted:
-    """What has to be measured of each run, over all experiments."""
-
-    def __init__(self, experiments: list[Experiment]) -> None:
-        self.decodings: dict[Run, dict[str, Decoding]] = {}
-        self.rewards: set[Run] = set()
-        for experiment in experiments:
-            for run in experiment.runs.values():
-                named = {how.name: how for how in experiment.decodings}
-                self.decodings.setdefault(run, {}).update(named)
-                if experiment.rewards:
-                    self.rewards.add(run)
-
-
-def run_all(
-    wanted: Wanted, results: Results, seeds: range, task: Task, name: str | None, sizes: Sizes,
-    console: Console,
-) -> None:  # fmt: skip
-    """Train and measure what is missing; seeds go outermost, so that all runs have the first."""
-    pairs = [(seed, run) for seed in seeds for run in wanted.decodings]
-    kept: dict[tuple[str, int], Start] = {}
-    with Progress(console, len(pairs)) as progress:
-        for done, (seed, run) in enumerate(pairs, start=1):
-            progress.phase(f"{done}/{len(pairs)} {run.loss}, seed {seed}")
-            decodings = wanted.decodings[run]
-            if lacks(results.read(run, seed), decodings, run in wanted.rewards):
-                place = (run.architecture, seed)
-                if place not in kept:
-                    kept = {k: v for k, v in kept.items() if k[1] == seed}
-                    saved = results.folder / "start" / f"{run.architecture}-{seed}.pt"
-                    train = partial(pre_train, sizes)
-                    kept[place] = prepare(task, *place[:1], name, sizes, seed, saved, train)
-                found = one(kept[place], run, decodings, run in wanted.rewards, sizes, seed, task)
-                results.write(run, seed, found)
-            progress.advance()
-
-
-def one(
-    start: Start, run: Run, decodings: dict[str, Decoding], rewards: bool, sizes: Sizes, seed: int,
-    task: Task,
-) -> dict[str, Any]:  # fmt: skip
-    """Train one model and measure all that is asked of it."""
-    model, curve, seconds = fine_tune(start, run, sizes, seed, partial(held_out, start))
-    references = [start.tokenizer.decode(x.answer, skip_special_tokens=True) for x in start.test]
-    found = {
-        "held_out": held_out(start, model),
-        "reference_length": statistics.fmean(len(x.answer) - 1 for x in start.test),
-        "curve": curve,
-        "seconds": seconds,
-        "decodings": {
-            name: measured(start, model, how, sizes, seed, references)
-            for name, how in decodings.items()
-        },
-    }
-    if rewards:
-        groups = generate(start, model, Decoding(), sizes, seed)
-        flat = [one for group in groups for one in group]
-        scored = iter(score_all(scorer_of(start, model), flat))
-        of_groups = [[next(scored) for _ in group] for group in groups]
-        found["rewards"] = correlations(of_groups, texts(start, groups), references)
-    return found
-
-
 def shown(arguments: Sequence[str]) -> list[str]:
-    """The command line without the places of this machine: no --out and --page, files by name."""
+    """The command line without what changes no figure and names a place of this machine."""
     kept, rest = [], iter(arguments)
     for argument in rest:
-        if argument in ("--out", "--page"):
+        if argument in ("--out", "--page", "--jobs"):
             next(rest)
         else:
             kept.append(Path(argument).name if Path(argument).is_absolute() else argument)
@@ -172,8 +112,6 @@ def main() -> None:
     """Run what is missing, then write the page."""
     options = parse()
     sizes = sizes_of(options)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     console = Console()
     # A model that is named has the architecture that it has.
     usual = [name for name in ORDER if not (options.model and name == "architectures")]
@@ -183,7 +121,8 @@ def main() -> None:
     model = options.model.replace("/", "_") if options.model else "made"
     out = options.out or Path("runs/study") / f"{size}_{data}_{model}"
     task = task_of(options, sizes)
-    made = "small models made here, pre-trained on other pairs of the kind"
+    other = "other pairs of the kind" if options.data is None else "the training data"
+    made = f"small models made here, pre-trained on {other}"
     facts = {
         "data": task.name,
         "train": len(task.train),
@@ -193,7 +132,8 @@ def main() -> None:
     }
     results = Results(out, facts)
     seeds = range(options.seeds)
-    run_all(Wanted(experiments), results, seeds, task, options.model, sizes, console)
+    work = Work(partial(task_of, options, sizes), options.model, sizes, out, options.threads)
+    run_all(Wanted(experiments), results, seeds, work, options.jobs, console)
     target = options.page or out / "study.md"
     command = shlex.join(["python", "examples/run_study.py", *shown(sys.argv[1:])])
     page.write(target, experiments, results, list(seeds), facts, command)
@@ -202,7 +142,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        torch.set_num_threads(torch.get_num_threads())
         main()
     except (ConfigError, DataError, ValueError) as error:
         sys.exit(f"error: {error}")

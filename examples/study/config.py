@@ -93,6 +93,7 @@ class Experiment:
     decodings: list[Decoding]
     columns: list[str]
     plot: dict[str, str] = field(default_factory=dict)
+    baseline: str = ""  # the label of the run that others are compared with
     rewards: bool = False  # correlate rewards with the task's metrics
 
 
@@ -112,9 +113,12 @@ def read(path: Path) -> Experiment:
     try:
         runs = dict(pair for entry in given["runs"] for pair in expand(entry))
         decodings = [Decoding(**one) for one in given.get("decodings", [{}])]
+        baseline = given.get("baseline", "")
+        if baseline and baseline not in runs:
+            raise ConfigError(f"baseline={baseline!r}; accepted: a label, of {', '.join(runs)}")
         return Experiment(
             path.stem, given["title"], given["paper"], given["says"], runs, decodings,
-            given["columns"], given.get("plot", {}), given.get("rewards", False),
+            given["columns"], given.get("plot", {}), baseline, given.get("rewards", False),
         )  # fmt: skip
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -54,13 +54,15 @@ def held_out(start: Start, model: PreTrainedModel) -> dict[str, float]:
 class Calculator(LogitsProcessor):
     """Writes the result behind every ``<<...=``, as GSM8k's answers are meant to be generated."""
 
-    def __init__(self, tokenizer: Any, prompt_length: int) -> None:
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+    def __init__(self, tokenizer: Any, prompt_length: int, ends: Sequence[int]) -> None:
+        self.tokenizer, self.prompt_length, self.ends = tokenizer, prompt_length, set(ends)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         """Leave one token possible in rows whose calculation is open."""
         scores = scores.clone()
         for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            if ids and ids[-1] in self.ends:
+                continue
             rest = calculated(self.tokenizer.decode(ids[-LAST:], skip_special_tokens=True))
             if not rest:
                 continue
@@ -100,7 +102,9 @@ def generate(
                   "top_k": 0, "num_return_sequences": number}
         )  # fmt: skip
         if calculator:
-            drawn["logits_processor"] = LogitsProcessorList([Calculator(tokenizer, width)])
+            drawn["logits_processor"] = LogitsProcessorList(
+                [Calculator(tokenizer, width, start.scorer.ends)]
+            )
         made = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **drawn,
             max_new_tokens=sizes.max_new_tokens, pad_token_id=tokenizer.pad_token_id,

@@ -1,4 +1,7 @@
-"""docs/study.md: what ran, with tables and plots, made from the results and from nothing else."""
+"""docs/study.md: what ran, with tables and plots, made from the results.
+
+What somebody has written between two marks of an earlier page is kept.
+"""
 
 import shutil
 from collections.abc import Sequence
@@ -6,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from study.config import Experiment
+from study.findings import sentences
 from study.plots import draw
-from study.results import Results, of
+from study.results import Results
 from study.tables import rewards_table, table
 
-BETTER = {"nll": min, "accuracy": max, "rouge1": max, "self_bleu": min}
+BY_HAND = "<!-- by hand: kept when the page is written anew -->", "<!-- end -->"
 
 
 def write(
@@ -27,10 +31,13 @@ def write(
         facts: of the whole study.
         command: what made it.
     """
+    kept = by_hand(page)
     folder = page.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    parts = ["# The study", opening(facts, seeds, command)]
+    cost = results.cpu_seconds((run for one in experiments for run in one.runs.values()), seeds)
+    parts = ["# The study", opening(facts, seeds, command, cost),
+             fitting(experiments, results, seeds, facts), kept]  # fmt: skip
     for experiment in experiments:
         beside = f"Beside the paper's {experiment.paper}. " if experiment.paper else ""
         parts += [f"## {experiment.title}", beside +
@@ -49,7 +56,16 @@ def write(
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def opening(facts: dict[str, Any], seeds: Sequence[int], command: str) -> str:
+def by_hand(page: Path) -> str:
+    """What stands between the marks of an earlier page, with them."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    first, last = BY_HAND
+    if first not in text:
+        return ""
+    return first + text.partition(first)[2].partition(last)[0] + last
+
+
+def opening(facts: dict[str, Any], seeds: Sequence[int], command: str, cost: float) -> str:
     """What ran, and how to read it."""
     sizes = facts["sizes"]
     count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
@@ -59,72 +75,42 @@ online IQLearn and GAIL. This page is written by
 
     {command}
 
-from results that it leaves in a folder, one JSON file for each run and seed; interrupted, it goes
-on. Each table is a file in `examples/study/`, where its runs stand.
+(`make study` is the same with an environment for it), from results that it leaves in a folder,
+one JSON file for each run and seed; interrupted, it goes on. Each table is a file in
+`examples/study/`, where its runs stand. All of it took {cost / 60:.0f} minutes of CPU time,
+beside other work; runs go side by side, one on each core.
 
 What ran: {facts["data"]}; {facts["model"]}. {facts["train"]} pairs to train on and
 {facts["held_out"]} held out, {sizes["steps"]} updates of {sizes["batch_size"]} pairs
-({sizes["online_steps"]} for GAIL, after those of maximum likelihood), {sizes["samples"]} answers to
+({sizes["online_steps"]} for GAIL, after those of maximum likelihood); {sizes["samples"]} answers to
 each held-out question, {count}. Figures are means over the seeds ± their standard error.
 NLL, entropy and TD² are means over the tokens of held-out answers; TD² is that at γ = 1, whatever
 the run was trained with, and of a value head where there is one. Lower Self-BLEU is more diverse,
-but Self-BLEU moves with the length of answers too: compare runs of like length. At most
+but Self-BLEU moves with the length of answers too: compare runs of like length. Beside a baseline,
+runs are compared seed by seed, as those of a seed begin with the same initial policy: they are
+"like it" where the mean difference is within two of its standard errors, which so few seeds tell
+only roughly. At most
 {sizes["max_new_tokens"]} tokens are generated; "unfinished" answers have no end token by then.
 
 At this size the tables show how the comparison is made; they decide nothing about models of another
 size."""
 
 
-def sentences(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
-    """Which run is best by each measure, and whether by more than the errors."""
-    said = []
-    how = experiment.decodings[0].name  # the others are compared in the plot
-    for name in [c for c in experiment.columns if c in BETTER]:
-        best = BETTER[name]
-        found = {
-            label: value
-            for label, run in experiment.runs.items()
-            if (value := of(results.seeds(run, seeds), name, how)) is not None
-        }
-        if len(found) < 2:
-            continue
-        ordered = sorted(found, key=lambda label: found[label][0], reverse=best is max)
-        (first, e1), (second, e2) = (found[label] for label in ordered[:2])
-        if len(seeds) < 2:
-            verdict = "of one seed"
-        elif abs(first - second) > 2 * ((e1 or 0) ** 2 + (e2 or 0) ** 2) ** 0.5:
-            verdict = "more than two standard errors apart"
-        else:
-            verdict = "within two standard errors of each other"
-        title = {"nll": "NLL", "self_bleu": "Self-BLEU", "rouge1": "ROUGE-1"}.get(name, name)
-        said.append(
-            f"Best {title}: {ordered[0]} ({first:.3g}), then {ordered[1]} ({second:.3g}), "
-            f"{verdict}."
-        )
-    if "length" in experiment.columns:
-        said += lengths(experiment, results, seeds)
-    return said
-
-
-def lengths(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[str]:
-    """Whose answers are as long as held-out ones, and whose are not."""
-    how = experiment.decodings[0].name
-    records = {
-        label: found
-        for label, run in experiment.runs.items()
-        if (found := results.seeds(run, seeds))
-    }
-    wanted = next(iter(records.values()))[0]["reference_length"]
-    found = {label: of(r, "length", how) for label, r in records.items()}
-    means = {label: value[0] for label, value in found.items() if value is not None}
-    if len(means) < 2:
-        return []
-    ordered = sorted(means, key=lambda label: abs(means[label] - wanted))
-    near, far = ordered[0], ordered[-1]
-    return [
-        f"Length nearest to that of held-out answers ({wanted:.1f}): {near} ({means[near]:.1f}); "
-        f"furthest: {far} ({means[far]:.1f})."
-    ]
+def fitting(
+    experiments: Sequence[Experiment], results: Results, seeds: Sequence[int], facts: dict[str, Any]
+) -> str:
+    """How many pairs were too long, where any were."""
+    runs = {run for one in experiments for run in one.runs.values()}
+    pairs = [r["pairs"] for run in runs for r in results.seeds(run, seeds) if "pairs" in r]
+    if not pairs:
+        return ""
+    train, held_out, cut = (min(x[n] for x in pairs) for n in ("train", "held_out", "cut"))
+    if (train, held_out, cut) == (facts["train"], facts["held_out"], 0):
+        return ""
+    return (
+        f"{train} questions to train on and {held_out} held out left room for an answer within "
+        f"{facts['sizes']['max_length']} tokens; {cut} of the answers were cut there."
+    )
 
 
 def telescoping(experiment: Experiment, results: Results, seeds: Sequence[int]) -> str:

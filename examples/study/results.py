@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,6 +53,17 @@ class Results:
         """Those of the seeds that are there."""
         return [found for seed in seeds if (found := self.read(run, seed)) is not None]
 
+    def cpu_seconds(self, runs: Iterable[Run], seeds: Sequence[int]) -> float:
+        """What runs took, and the initial policies that they begin with."""
+        runs = set(runs)
+        found = [r["cpu_seconds"] for run in runs for r in self.seeds(run, seeds)]
+        for architecture in {run.architecture for run in runs}:
+            for seed in seeds:
+                path = self.folder / "start" / f"{architecture}-{seed}.json"
+                if path.exists():
+                    found.append(json.loads(path.read_text(encoding="utf-8"))["cpu_seconds"])
+        return math.fsum(found)
+
 
 def lacks(record: Record | None, decodings: Iterable[str], rewards: bool) -> bool:
     """Whether something that is asked for has not been measured."""
@@ -68,10 +80,12 @@ def mean(values: Sequence[float]) -> Mean:
 
 def of(records: Sequence[Record], name: str, decoding: str) -> Mean | None:
     """A metric by its name over the seeds; None where it was not measured."""
-    values = [
-        value
-        for record in records
-        if (value := {**record["held_out"], **record["decodings"].get(decoding, {})}.get(name))
-        is not None
-    ]
+    found = [value_of(record, name, decoding) for record in records]
+    values = [value for value in found if value is not None]
     return mean(values) if values else None
+
+
+def value_of(record: Record, name: str, decoding: str) -> float | None:
+    """A metric of one run and seed, None where it was not measured."""
+    value: float | None = {**record["held_out"], **record["decodings"].get(decoding, {})}.get(name)
+    return value

@@ -174,7 +174,11 @@ def prepare(
             model.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
         else:
             rows = [row(scorer, one) for one in encoded(scorer, task.start, sizes.start_pairs)]
-            train(model, rows, start.collate, sizes.start_steps, seed)
+            # A decoder that has to find the question by cross-attention learns more slowly.
+            steps = sizes.start_steps * (2 if scorer.two_parts else 1)
+            train(model, rows, start.collate, steps, seed)
             saved.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), saved)
+            half = saved.with_suffix(".half")
+            torch.save(model.state_dict(), half)
+            half.replace(saved)  # the file is whole or absent
     return start

@@ -21,7 +21,7 @@ NAMES = {
     "length": "length",
     "unfinished": "unfinished %",
 }
-DIGITS = {"nll": 3, "entropy": 2}
+DIGITS = {"nll": 3, "entropy": 2, "td": 2}
 
 
 def cell(found: Mean | None, digits: int) -> str:
@@ -74,6 +74,8 @@ def rewards_table(experiment: Experiment, results: Results, seeds: Sequence[int]
             continue
         for place in range(0, len(records[0]["rewards"]["rows"]), len(metrics)):
             first = records[0]["rewards"]["rows"][place]
+            if first["score"] == "discounted" and first["gamma"] == 1:
+                continue  # as summed
             cells = [
                 cell(_mean_of(records, place + offset, how), 2)
                 for offset in range(len(metrics))

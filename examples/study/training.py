@@ -161,12 +161,12 @@ def _online(
     from irl_ops.integrations.transformers import OnlineIQLearnArguments, OnlineIQLearnTrainer
 
     trainer = OnlineIQLearnTrainer(
-        model,
+        apply_iqlearn(model, value_head=True) if run.value_head else model,
         OnlineIQLearnArguments(
             **arguments(sizes, sizes.steps, seed), alpha=run.alpha, lam=run.lam, gamma=run.gamma,
             entropy_coef=run.entropy_coef, mle_warmup_steps=round(run.warmup * sizes.steps),
-            refresh_every=4, max_new_tokens=sizes.max_new_tokens,
-            sample_batch_size=sizes.batch_size,
+            refresh_every=8, samples_per_refresh=2 * sizes.batch_size,
+            sample_batch_size=2 * sizes.batch_size, max_new_tokens=sizes.max_new_tokens,
         ),
         **common,
     )  # fmt: skip

@@ -161,7 +161,8 @@ def _row_measures_on(ctx: Any) -> Function:
     ) -> RowMeasures:  # fmt: skip
         types = measured.results(q, ids, wanted)
         nothing = jax.ShapeDtypeStruct((1,), jnp.float32)  # type: ignore[no-untyped-call]
-        tiles = dispatch.row_stats(q.shape[-1], _family(capability))
+        extras = bool(set(wanted) - {"entropy"})
+        tiles = dispatch.row_measures(q.shape[-1], _family(capability), extras)
         arrays, flags = _view(dict(zip(names, given, strict=True)), ids)
         out = _call(
             ("measures", "row_measures"), capability, q,
@@ -184,7 +185,8 @@ def _row_measures_grad_on(ctx: Any) -> Function:
         q: jax.Array, ids: jax.Array, row_max: jax.Array, logsum: jax.Array, a: jax.Array,
         c: jax.Array, *given: jax.Array, names: tuple[str, ...] = (), **readout: Any,
     ) -> Any:  # fmt: skip
-        block, named = dispatch.row_grad(_family(capability)), dict(zip(names, given, strict=True))
+        block = dispatch.row_measures_grad(_family(capability))
+        named = dict(zip(names, given, strict=True))
         arrays, flags = _view(named, ids)
         b, d, e = (named.get(name, ids) for name in ("b", "d", "e"))
         return _call(

@@ -1,6 +1,8 @@
 """Samplers: padding, ends, cuts; and the buffer's age."""
 
+import inspect
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,12 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from transformers import ContinuousBatchingConfig
 
-from irl_ops.integrations.transformers import ContinuousSampler, GenerateSampler, VLLMSampler
+from irl_ops.integrations.transformers import (
+    ContinuousSampler,
+    GenerateSampler,
+    VLLMSampler,
+    apply_iqlearn,
+)
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, batch_of, prompt_of
 from irl_ops.integrations.transformers.sampling import until_end
 
@@ -104,6 +111,63 @@ def test_a_server_is_sent_the_weights_first():
         VLLMSampler(types.SimpleNamespace(communicator=None), 8)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
         VLLMSampler(client, 8).sample(t5(), PROMPTS)
+
+
+class Session:
+    """Answers as vLLM's OpenAI-compatible server does; notes what was posted."""
+
+    def __init__(self):
+        self.posted = []
+
+    def post(self, url, **kwargs):
+        self.posted.append((url, kwargs.get("json")))
+        logprobs = {
+            "tokens": ["token_id:7", "token_id:2", "token_id:9"],
+            "token_logprobs": [-0.5, -0.25, -1.0],
+            "top_logprobs": [None, None, None],
+        }
+        choices = [
+            {"prompt_token_ids": prompt, "token_ids": [7, 2, 9], "logprobs": logprobs}
+            for prompt in (kwargs.get("json") or {}).get("prompt", [])
+        ]
+        answer = {"choices": choices, "success": True}
+        return types.SimpleNamespace(status_code=200, json=lambda: answer)
+
+
+def test_trls_own_client_takes_these_calls(monkeypatch):
+    """All of it but its requests and its NCCL transfer, which need a server and a GPU."""
+    trl = pytest.importorskip("trl.generation.vllm_client", reason="needs trl")
+    sent = []
+    transfer = mock.create_autospec(
+        trl.VLLMClient.update_named_params,
+        side_effect=lambda _, metadata, tensors: sent.append((metadata, dict(tensors))),
+    )
+    monkeypatch.setattr(trl.VLLMClient, "update_named_params", transfer)
+    client = object.__new__(trl.VLLMClient)  # its __init__ asks the server for its model
+    client.base_url, client.model, client.session = "http://server", "m", Session()
+    client.communicator = object()
+    model = apply_iqlearn(llama(), value_head=True)
+    answers = VLLMSampler(client, 8, temperature=0.5, top_p=0.9).sample(model, PROMPTS)
+    assert answers == [[7, 2]] * 3
+    ((metadata, tensors),) = sent
+    policy = dict(llama().named_parameters())  # the server's model has no value head
+    assert metadata == [(name, "float32", list(x.shape)) for name, x in policy.items()]
+    assert list(tensors) == list(policy)
+    assert all(torch.equal(tensors[name], model.get_parameter(name)) for name in policy)
+    (cache, _), (url, asked) = client.session.posted
+    assert (cache, url) == ("http://server/reset_prefix_cache", "http://server/v1/completions")
+    wanted = {"prompt": PROMPTS, "max_tokens": 8, "temperature": 0.5, "top_p": 0.9, "top_k": 0}
+    assert wanted.items() <= asked.items()
+
+
+def test_the_stand_in_is_called_as_trls_client_is():
+    """The calls of ``Client`` fit the signatures of the installed TRL."""
+    trl = pytest.importorskip("trl.generation.vllm_client", reason="needs trl")
+    for name in ("update_named_params", "reset_prefix_cache"):
+        ours, theirs = (inspect.signature(getattr(c, name)) for c in (Client, trl.VLLMClient))
+        assert list(ours.parameters) == list(theirs.parameters)
+    options = VLLMSampler(Client(), 8, top_p=0.9).options
+    inspect.signature(trl.VLLMClient.generate).bind(None, PROMPTS, **options)
 
 
 def test_bad_numbers_are_named():

@@ -14,8 +14,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts, not a package
 
 import run_study  # noqa: E402
-from study import measures, rewards, tasks  # noqa: E402
-from study.config import ConfigError, Decoding, Run, expand, read  # noqa: E402
+from study import findings, measures, rewards, tasks, work  # noqa: E402
+from study.config import ConfigError, Decoding, Experiment, Run, expand, read  # noqa: E402
 from study.results import Results, lacks  # noqa: E402
 from study.training import OfflineTrainer, divergence  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
@@ -99,7 +99,7 @@ def test_the_calculator_leaves_one_token_possible():
         encode=lambda text, **_: words[text],
     )
     scores = torch.randn(2, 12)
-    forced = measures.Calculator(tokenizer, 1)(torch.tensor([[0, 5], [0, 6]]), scores)
+    forced = measures.Calculator(tokenizer, 1, [2])(torch.tensor([[0, 5], [0, 6]]), scores)
     assert forced[0].isfinite().nonzero().flatten().tolist() == [9]
     assert torch.equal(forced[1], scores[1])
 
@@ -269,7 +269,7 @@ def test_a_study_is_run_once_and_reported_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_study, "CONFIGS", tmp_path)
     out = tmp_path / "out"
     arguments = ["run_study.py", "--quick", "--only", "pareto", "--seeds", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--jobs", "2"])
     run_study.main()
     page = (out / "study.md").read_text(encoding="utf-8")
     for label in ("MLE", "IQLearn", "online", "GAIL"):
@@ -285,11 +285,21 @@ def test_a_study_is_run_once_and_reported_again(tmp_path, monkeypatch, capsys):
         assert record["decodings"].keys() == {"T=1", "beam 2"}
         assert record["curve"][-1]["nll"] == pytest.approx(record["held_out"]["nll"], rel=1e-6)
 
+    assert all(record["cpu_seconds"] > 0 for record in records)
+    assert {p.name for p in (out / "start").glob("*.json")} == {
+        "decoder-0.json", "encoder-decoder-0.json"
+    }  # fmt: skip
+
     def trained(*arguments):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(run_study, "fine_tune", trained)
-    run_study.main()  # all results are there
+    monkeypatch.setattr(work, "fine_tune", trained)
+    monkeypatch.setattr(sys, "argv", arguments)
+    first, last = run_study.page.BY_HAND
+    hand = f"{first}\n\nWritten by hand.\n\n{last}"
+    page = page.replace("\n\n## ", f"\n\n{hand}\n\n## ", 1)
+    (out / "study.md").write_text(page, encoding="utf-8")
+    run_study.main()  # all results are there, and what was written by hand stays
     assert (out / "study.md").read_text(encoding="utf-8") == page
     next(out.glob("mle-*/seed-0.json")).unlink()
     with pytest.raises(AssertionError, match="trained again"):
@@ -311,11 +321,36 @@ def test_what_was_not_measured_is_missed(tmp_path):
     assert Decoding(top_p=0.9).name == "top-p 0.9"
 
 
+def test_runs_are_compared_with_the_baseline_seed_by_seed(tmp_path):
+    results = Results(tmp_path, {})
+    runs = {
+        "base": Run(),
+        "same": Run(kl=1),
+        "long": Run(kl=2),
+        "short": Run(kl=3),
+        "one": Run(kl=4),
+    }
+    more = {"base": [0, 0, 0], "same": [1, -1, 0.5], "long": [1, 1.5, 2], "short": [-3, -2, -3]}
+    for label, run in runs.items():
+        for seed, difference in enumerate(more.get(label, [9])):
+            # the seeds are further apart than the runs
+            found = {"length": 40 + 20 * seed + difference}
+            results.write(run, seed, {"held_out": {}, "decodings": {"T=1": found}})
+    experiment = Experiment("n", "", "", "", runs, [Decoding()], ["length"], baseline="base")
+    (said,) = findings.against(experiment, results, [0, 1, 2])
+    assert said == "Length beside *base*: like it: *same*; shorter: *short*; longer: *long*."
+    assert findings.difference(experiment, results, [0, 1, 2], "long", "length") == pytest.approx(
+        (1.5, 0.5 / 3**0.5)
+    )
+    assert findings.against(experiment, results, [0]) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--data", "train.jsonl"], "accepted: both, or neither"),
         (["--paper", "--model", "m"], "accepted: all three"),
+        (["--jobs", "0"], "--jobs: 0 given"),
     ],
 )
 def test_the_command_line_asks_for_what_belongs_together(arguments, said, monkeypatch, capsys):
