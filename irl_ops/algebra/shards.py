@@ -25,6 +25,7 @@ if it had never been cut, and ``rows_at`` takes a device's own rows out of the r
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from irl_ops.algebra.rows import BAD_LABEL, NO_LABEL
@@ -62,20 +63,21 @@ def no_columns(xp: Any, like: Array, entropy: bool) -> RowStatistics:
     return RowStatistics(nothing, nothing, zero, zero if entropy else None)
 
 
-def merge(xp: Any, labels: Array, shards: RowStatistics) -> RowStatistics:
+def merge(xp: Any, labels: Array, shards: RowStatistics, columns: Scalar) -> RowStatistics:
     """The statistics of whole rows from those of their shards, which are stacked on axis 0.
 
-    ``labels`` ``[..., T]`` are global; the label's logit is NaN for BAD_LABEL. Rows without mass
-    (all -inf) have -inf for ``row_max`` and ``logsum``; a NaN in any shard makes both NaN or the
-    value NaN, as in one piece.
+    ``columns`` is the size of the vocabulary, whose logarithm no entropy exceeds. ``labels``
+    ``[..., T]`` are global; the label's logit is NaN for BAD_LABEL. Rows without mass (all -inf)
+    have -inf for ``row_max`` and ``logsum``; a NaN in any shard makes both NaN or the value NaN, as
+    in one piece.
     """
     row_max, logsum, share = _normaliser(xp, shards)
     label_logit = _picked(xp, labels, shards.label_logit)
-    entropy = None if shards.entropy is None else _entropy(xp, share, shards.entropy)
+    entropy = None if shards.entropy is None else _entropy(xp, share, shards.entropy, columns)
     return RowStatistics(row_max, logsum, label_logit, entropy)
 
 
-def merge_measures(xp: Any, ids: Array, shards: Any) -> Any:
+def merge_measures(xp: Any, ids: Array, shards: Any, columns: Scalar) -> Any:
     """What the row kernel ``row_measures`` returns, of whole rows from their shards' on axis 0.
 
     ``ids`` ``[..., T, K]`` are global, and so are the columns in ``top1``. As for ``merge``, but
@@ -84,7 +86,7 @@ def merge_measures(xp: Any, ids: Array, shards: Any) -> Any:
     row_max, logsum, share = _normaliser(xp, shards)
     entropy = log_sum_sq = top1 = mean = kept = None
     if shards.entropy is not None:
-        entropy = _entropy(xp, share, shards.entropy)
+        entropy = _entropy(xp, share, shards.entropy, columns)
     if shards.log_sum_sq is not None:
         squares = xp.where(share == -xp.inf, -xp.inf, 2 * share + shards.log_sum_sq)
         log_sum_sq = xp.clip(_log_sum_exp(xp, squares), None, 0.0)
@@ -139,9 +141,12 @@ def _picked(xp: Any, ids: Array, shards: Array) -> Array:
     return xp.where(ids == BAD_LABEL, xp.nan, xp.sum(shards, axis=0))
 
 
-def _entropy(xp: Any, share: Array, shards: Array) -> Array:
+def _entropy(xp: Any, share: Array, shards: Array, columns: Scalar) -> Array:
     terms = xp.exp(share) * (shards - share)
-    return xp.sum(xp.where(share == -xp.inf, 0.0, terms), axis=0)
+    h = xp.sum(xp.where(share == -xp.inf, 0.0, terms), axis=0)
+    most = xp.log(xp.astype(columns, h.dtype)) if hasattr(columns, "dtype") else math.log(columns)
+    h = xp.where(h > most, most, h)  # h may be rounded out of its range; NaN stays
+    return xp.where(h < 0.0, 0.0, h)
 
 
 def _log_sum_exp(xp: Any, x: Array) -> Array:

@@ -15,6 +15,7 @@ from jax import lax
 
 from irl_ops.algebra import BAD_LABEL, NO_LABEL, UNREAD
 from irl_ops.jax.shards import Columns
+from irl_ops.kernels.reference.measures import RowMeasures
 
 
 class OverColumns:
@@ -29,7 +30,7 @@ class OverColumns:
         """Of whole rows, by one collective."""
         own = self.columns.own(labels, logits.shape[-1])
         found = self.run["row_stats"](logits, own, entropy=entropy, **readout)
-        merged = self.columns.merged(labels, found)
+        merged = self.columns.merged(labels, found, logits.shape[-1])
         return merged if entropy else merged[:3]
 
     def row_grad(
@@ -60,6 +61,22 @@ class OverColumns:
             a = a + jnp.where(b != 0, b * h[0], 0.0)
         dlogits = self.run["row_grad"](logits, nobody, row_max, logsum, a, b, zeros, **readout)
         return row_max, logsum, *h, dlogits
+
+    def row_measures(
+        self, logits: jax.Array, ids: jax.Array, *given: jax.Array, **how: Any
+    ) -> RowMeasures:
+        """Of whole rows, by one collective, and one more for ``top1``."""
+        own = self.columns.own(ids, logits.shape[-1])
+        found = self.run["row_measures"](logits, own, *given, **how)
+        merged: RowMeasures = self.columns.merged_measures(ids, found, logits.shape[-1])
+        return merged
+
+    def row_measures_grad(
+        self, logits: jax.Array, ids: jax.Array, *given: jax.Array, **how: Any
+    ) -> Any:
+        """Of the columns here."""
+        own = self.columns.own(ids, logits.shape[-1])
+        return self.run["row_measures_grad"](logits, own, *given, **how)
 
     def label_logit(self, logits: jax.Array, labels: jax.Array, **readout: Any) -> Any:
         """That of the device that has the label's column, on all of them."""

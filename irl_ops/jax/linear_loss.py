@@ -46,8 +46,10 @@ def row_stats(
 
         return run
 
-    own = columns.own(labels, layer.weight.shape[0])
-    stats: RowStats = columns.merged(labels, dispatch(form.backend, by, layer, own, columns))
+    width = layer.weight.shape[0]
+    own = columns.own(labels, width)
+    found = dispatch(form.backend, by, layer, own, columns)
+    stats: RowStats = columns.merged(labels, found, width)
     return stats
 
 

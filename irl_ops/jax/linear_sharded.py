@@ -81,7 +81,7 @@ class Sharded(NamedTuple):
         found = chunks.row_stats(
             self.kernels, first, nobody, self.columns, self.readout, size, False
         )
-        row_max, logsum, *_ = self.columns.merged(nobody, found)
+        row_max, logsum, *_ = self.columns.merged(nobody, found, first.weight.shape[0])
         every = private.gather(row_max + logsum, self.own.axis)
         index, count = lax.axis_index(self.own.axis), every.shape[0]
         beyond = lax.dynamic_index_in_dim(every, (index + 1) % count, keepdims=False)
@@ -119,7 +119,7 @@ class Sharded(NamedTuple):
                 return None, (x, tuple(kernels.row_stats(x, own, entropy, **readout)))
 
             _, (x, found) = if_needed(read, None)
-            found = self.columns.merged(label, found)
+            found = self.columns.merged(label, found, layer.weight.shape[0])
             stats, a, c = finish(window, found, behind)
             weight = given.entropy_weight
             b = jnp.zeros_like(a) if weight is None else window(weight)

@@ -144,6 +144,8 @@ RUN = {
     "row_stats_grad": _run_row_stats_grad,
     "label_logit": _run_label_logit,
     "set_label": _run_set_label,
+    "row_measures": _run_row_measures,
+    "row_measures_grad": _run_row_measures_grad,
 }
 
 
@@ -160,12 +162,16 @@ def _on_cpu(run: Function) -> Callable[[Any], Function]:
     return choose
 
 
-def _operation(plain: Function, run: Function) -> Function:
-    def over_columns(columns: Columns) -> Function:
-        part: Function = getattr(OverColumns(RUN, columns), plain.__name__)
+def _over_columns(name: str) -> Callable[[Columns], Function]:
+    def of(columns: Columns) -> Function:
+        part: Function = getattr(OverColumns(RUN, columns), name)
         return part
 
-    return operation(plain, over_columns, cpu=_on_cpu(run))
+    return of
+
+
+def _operation(plain: Function, run: Function) -> Function:
+    return operation(plain, _over_columns(plain.__name__), cpu=_on_cpu(run))
 
 
 row_stats = _operation(reference.row_stats, _run_row_stats)
@@ -173,5 +179,9 @@ row_grad = _operation(reference.row_grad, _run_row_grad)
 row_stats_grad = _operation(reference.row_stats_grad, _run_row_stats_grad)
 label_logit = _operation(reference.label_logit, _run_label_logit)
 set_label = _operation(reference.set_label, _run_set_label)
-row_measures = measured.measures_operation(cpu=_on_cpu(_run_row_measures))
-row_measures_grad = measured.gradient_operation(cpu=_on_cpu(_run_row_measures_grad))
+row_measures = measured.measures_operation(
+    _over_columns("row_measures"), cpu=_on_cpu(_run_row_measures)
+)
+row_measures_grad = measured.gradient_operation(
+    _over_columns("row_measures_grad"), cpu=_on_cpu(_run_row_measures_grad)
+)

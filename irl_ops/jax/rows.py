@@ -45,7 +45,7 @@ def _statistics(
         return functools.partial(BACKENDS[name].row_stats, entropy=entropy, **readout.keywords)
 
     own = columns.own(labels, logits.shape[-1])
-    stats: RowStats = columns.merged(labels, dispatch(backend, by, logits, own))
+    stats: RowStats = columns.merged(labels, dispatch(backend, by, logits, own), logits.shape[-1])
     return stats
 
 

@@ -67,13 +67,15 @@ class Columns:
         tail = jnp.where(last, -jnp.inf, logits[..., width - spare :])
         return lax.dynamic_update_slice_in_dim(logits, tail, width - spare, logits.ndim - 1)
 
-    def merged(self, labels: jax.Array, stats: Any) -> Any:
+    def merged(self, labels: jax.Array, stats: Any, width: int) -> Any:
         """``(row_max, logsum, label_logit, entropy)`` of whole rows, by one collective."""
         if self.axis is None:
             return stats
         every = private.gather(jnp.stack([x for x in stats if x is not None]), self.axis)
         parts = [*jnp.moveaxis(every, 1, 0), None]
-        return tuple(shards.merge(jnp, labels, shards.RowStatistics(*parts[:4])))
+        return tuple(
+            shards.merge(jnp, labels, shards.RowStatistics(*parts[:4]), self.vocabulary(width))
+        )
 
     def merged_measures(self, ids: jax.Array, found: Any, width: int) -> Any:
         """The fields of ``RowMeasures``, of whole rows: by one collective, and one for ``top1``."""
@@ -87,7 +89,7 @@ class Columns:
         if found.top1 is not None:
             given["top1"] = private.gather(found.top1 + self._first(width), self.axis)
         parts = found._replace(picked=every[..., len(names) :], **given)
-        return shards.merge_measures(jnp, ids, parts)
+        return shards.merge_measures(jnp, ids, parts, self.vocabulary(width))
 
     def summed(self, labels: jax.Array, picked: jax.Array) -> jax.Array:
         """The labels' logits of whole rows, which are 0 where another device has the column."""

@@ -3,6 +3,10 @@
 Per chunk one matrix product makes the logits, the row kernel overwrites them with their gradient,
 and two matrix products take that back to hidden and weight. Going backwards, the value of the row
 behind a chunk is always known. Beside inputs and gradients one chunk of logits is stored.
+
+Statistics alone need no whole rows: they come from tiles of many rows and few columns, as large as
+a chunk, and are merged as those of a sharded vocabulary. Products of few rows are slow, since each
+reads the whole weight.
 """
 
 from __future__ import annotations
@@ -12,14 +16,21 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from irl_ops.algebra import NO_LABEL, Coefficients, Finished
+from irl_ops import algebra
+from irl_ops.algebra import NO_LABEL, Coefficients, Finished, RowStatistics
 from irl_ops.kernels import reference
 from irl_ops.kernels.reference.measures import RowMeasures, Slopes
 from irl_ops.readout import Readout
 from irl_ops.torch.linear_arguments import Layer
+
+NARROWEST = 4096
+"""Columns of a tile, at least: what is done for each tile and row is little beside them."""
+TILE_BYTES = 2**25  # on a CPU: more are no faster
+ALIGNED = 128  # columns: rows of every dtype then begin where the widest loads can
 
 
 class Linear:
@@ -95,14 +106,18 @@ class Linear:
         found = self.kernels.row_stats_grad(logits, *given, logits, **self.readout)
         return labels, picked, *found
 
-    def row_stats(self, labels: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-        """``(row_max, logsum, label_logit[, entropy])`` of all rows; no gradient."""
-        found = [
-            self.kernels.row_stats(logits, labels[rows], entropy, **self.readout)
-            for rows, logits in self.chunks()
-        ]
-        columns = list(zip(*reversed(found), strict=True))
-        return tuple(torch.cat(x) for x in columns[: 4 if entropy else 3])
+    def row_stats(self, labels: Tensor, entropy: bool) -> RowStatistics:
+        """The statistics of all rows, of which there is one or more; no gradient."""
+        done, vocab = [], self.layer.weight.shape[0]
+        for rows, tiles in self.tiles():
+            found = []
+            for start, logits in tiles:
+                mine = algebra.labels_here(xp, labels[rows], start, logits.shape[-1])
+                read = self.kernels.row_stats(logits, mine, entropy, **self.readout)
+                found.append(RowStatistics(*read))
+            done.append(algebra.merge(xp, labels[rows], stacked(found), vocab))
+        statistics: RowStatistics = joined(done)
+        return statistics
 
     def row_grad(self, labels: Tensor, *vectors: Tensor) -> None:
         """The gradients of what has that gradient by the logits: see the row kernel."""
@@ -113,13 +128,19 @@ class Linear:
 
     def row_measures(self, ids: Tensor, wanted: tuple[str, ...], view: Any) -> RowMeasures:
         """The measures of all rows, of which there is one or more; no gradient."""
-        found = [
-            self.kernels.row_measures(
-                logits, ids[rows], wanted, **view.part(rows)._asdict(), **self.readout
-            )
-            for rows, logits in self.chunks()
-        ]
-        measures: RowMeasures = joined(found[::-1])
+        done, vocab = [], self.layer.weight.shape[0]
+        for rows, tiles in self.tiles():
+            found = []
+            for start, logits in tiles:
+                mine = algebra.labels_here(xp, ids[rows], start, logits.shape[-1])
+                part = view.part(rows, slice(start, start + logits.shape[-1]))
+                read = self.kernels.row_measures(
+                    logits, mine, wanted, **part._asdict(), **self.readout
+                )
+                top = None if read.top1 is None else read.top1 + start
+                found.append(read._replace(top1=top))
+            done.append(algebra.merge_measures(xp, ids[rows], stacked(found), vocab))
+        measures: RowMeasures = joined(done)
         return measures
 
     def row_measures_grad(
@@ -144,20 +165,51 @@ class Linear:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their logits, scaled and not capped; from the last to the first."""
-        hidden, weight, bias, _, _, scale, _ = self.layer
         windows = list(self.windows())
         if not windows:
             return
-        buffer = hidden.new_empty(windows[0].stop, weight.shape[0])
+        buffer = self.layer.hidden.new_empty(windows[0].stop, self.layer.weight.shape[0])
         for rows in reversed(windows):
             logits = buffer[: rows.stop - rows.start]
-            if bias is None and scale == 1:
-                torch.mm(hidden[rows], weight.t(), out=logits)
-            else:
-                start = logits if bias is None else bias
-                beta = 0 if bias is None else scale
-                torch.addmm(start, hidden[rows], weight.t(), beta=beta, alpha=scale, out=logits)
+            self.product(rows, slice(None), logits)
             yield rows, logits
+
+    def tiles(self) -> Iterator[tuple[slice, Iterator[tuple[int, Tensor]]]]:
+        """Rows, and for each tile of theirs its first column and its logits, as in ``chunks``."""
+        hidden, vocab = self.layer.hidden, self.layer.weight.shape[0]
+        count, elements = hidden.shape[0], self.layer.chunk * vocab
+        if hidden.device.type == "cpu":
+            elements = min(elements, max(TILE_BYTES // hidden.itemsize, vocab))
+        width = min(vocab, max(elements // count, NARROWEST))
+        if width < vocab:  # tiles of nearly one size, whose rows are aligned
+            width = max(width // ALIGNED, 1) * ALIGNED
+            parts = -(-vocab // width)
+            width = -(-vocab // parts // ALIGNED) * ALIGNED
+        height = min(count, max(elements // width, 1))
+        buffer = hidden.new_empty(height * width)
+
+        def across(rows: slice) -> Iterator[tuple[int, Tensor]]:
+            for start in range(0, vocab, width):
+                columns = slice(start, min(start + width, vocab))
+                shape = rows.stop - rows.start, columns.stop - start
+                logits = buffer[: shape[0] * shape[1]].view(shape)
+                self.product(rows, columns, logits)
+                yield start, logits
+
+        for first in range(0, count, height):
+            rows = slice(first, min(first + height, count))
+            yield rows, across(rows)
+
+    def product(self, rows: slice, columns: slice, logits: Tensor) -> None:
+        """Writes the logits of some rows and columns."""
+        hidden, weight, bias, _, _, scale, _ = self.layer
+        hidden, weight = hidden[rows], weight[columns].t()
+        if bias is None and scale == 1:
+            torch.mm(hidden, weight, out=logits)
+        else:
+            start = logits if bias is None else bias[columns]
+            beta = 0 if bias is None else scale
+            torch.addmm(start, hidden, weight, beta=beta, alpha=scale, out=logits)
 
     def back(self, rows: slice, dlogits: Tensor) -> None:
         """Two products take a chunk's gradient back to hidden and weight."""
@@ -195,6 +247,15 @@ def joined(done: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(done)
     return type(first)(*(joined(list(field)) for field in zip(*done, strict=True)))
+
+
+def stacked(shards: list[Any]) -> Any:
+    """Records of shards as one record, along a new axis 0."""
+    fields = (
+        None if any(x is None for x in field) else torch.stack(field)
+        for field in zip(*shards, strict=True)
+    )
+    return type(shards[0])(*fields)
 
 
 def returned(hidden: Tensor, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,11 +96,12 @@ def linear_row_stats(
     layer = Layer(chosen.take(hidden), weight, bias, chunk, accumulate, scale, softcap)
     if labels.numel():
         over = Linear(BACKENDS[backend], layer, (False, False, False))
-        found = over.row_stats(labels, entropy)
+        *found, h = over.row_stats(labels, entropy)
     else:
-        found = tuple(ops.row_vector(layer.hidden) for _ in range(3 + entropy))
-    row_max, logsum, label_logit, *h = (chosen.spread(x) for x in found)
-    return row_max, logsum, label_logit, h[0] if entropy else ops.row_vector(hidden[:0])
+        found, h = [ops.row_vector(layer.hidden) for _ in range(3)], ops.row_vector(layer.hidden)
+    row_max, logsum, label_logit = (chosen.spread(x) for x in found)
+    entropies = chosen.spread(h) if entropy and h is not None else ops.row_vector(hidden[:0])
+    return row_max, logsum, label_logit, entropies
 
 
 @linear_row_stats.register_fake

@@ -44,9 +44,10 @@ class View(NamedTuple):
         mask = self.keep_mask
         return self._replace(keep_mask=None if mask is None else mask[..., :width])
 
-    def part(self, rows: slice) -> View:
-        """Of some of the rows."""
-        return View(*(None if x is None else x[rows] for x in self))
+    def part(self, rows: slice, columns: slice = slice(None)) -> View:
+        """Of some of the rows, and of some of the columns."""
+        scale, mask, above = (None if x is None else x[rows] for x in self)
+        return View(scale, None if mask is None else mask[..., columns], above)
 
 
 @torch.library.custom_op("irl_ops::row_measures", mutates_args=())

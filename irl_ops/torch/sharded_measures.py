@@ -79,7 +79,7 @@ def whole_measures(found: RowMeasures, given: Given, how: Reading, width: int) -
     bad = (given.labels != NO_LABEL) & (given.labels >= count)
     ids = given._replace(labels=torch.where(bad, BAD_LABEL, given.labels)).ids(count)
     shards = found._replace(**dict(zip(names, stacked, strict=True)))
-    whole: RowMeasures = merge_measures(xp, ids, shards)
+    whole: RowMeasures = merge_measures(xp, ids, shards, count)
     if whole.top1 is not None:
         whole = whole._replace(top1=whole.top1.long())
     if agreed is not None:

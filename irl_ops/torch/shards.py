@@ -122,7 +122,7 @@ def whole_rows(
     stacked, count, agreed = gathered([x for x in found if x is not None], how)
     shards = RowStatistics(*stacked, *([None] if found.entropy is None else []))
     bad = (labels != NO_LABEL) & (labels >= count)
-    whole: RowStatistics = merge(xp, torch.where(bad, BAD_LABEL, labels), shards)
+    whole: RowStatistics = merge(xp, torch.where(bad, BAD_LABEL, labels), shards, count)
     if agreed is not None:
         whole = whole._replace(row_max=whole.row_max.where(agreed, torch.nan))
     return whole, count

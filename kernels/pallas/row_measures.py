@@ -79,7 +79,7 @@ def row_measures(
         scratch_shapes=[
             pltpu.VMEM((count, blocks.group, LANES), jnp.int32),
             pltpu.VMEM((count, rows, LANES), jnp.float32),
-            *[pltpu.VMEM((rows, LANES), jnp.float32)] * asked.count,
+            *[pltpu.VMEM((rows, LANES), jnp.float32)] * asked.arrays,
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -110,8 +110,8 @@ class Asked(NamedTuple):
     mean: bool
 
     @property
-    def count(self) -> int:
-        """How many arrays that takes."""
+    def arrays(self) -> int:
+        """How many that takes."""
         return 2 + self.entropy + self.squares + self.top + 2 * self.mean
 
     def start(self, shape: tuple[int, int]) -> list[jax.Array]:
@@ -133,8 +133,8 @@ class Asked(NamedTuple):
 
 def _kernel(blocks: Blocks, asked: Asked, cap: Softcap, scaled: bool, ids: Any, *refs: Any) -> None:
     """One block of columns; what the lanes have seen so far lies in ``kept``."""
-    *given, x, out, picked, places, found = refs[: -asked.count]
-    kept = refs[-asked.count :]
+    *given, x, out, picked, places, found = refs[: -asked.arrays]
+    kept = refs[-asked.arrays :]
     j, last = pl.program_id(2), blocks.grid[2] - 1
     first = j * blocks.block[1]
 

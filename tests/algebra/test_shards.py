@@ -47,7 +47,7 @@ def shards(q: np.ndarray, labels: np.ndarray, cuts: list[int], entropy: bool) ->
 def test_merged_statistics_are_those_of_whole_rows(batch: Any, entropy: bool) -> None:
     q, labels, cuts = batch
     with np.errstate(all="ignore"):
-        merged = algebra.merge(xp, labels, shards(q, labels, cuts, entropy))
+        merged = algebra.merge(xp, labels, shards(q, labels, cuts, entropy), V)
         whole = RowStatistics(*kernels.row_stats(q, labels, entropy))
     assert np.array_equal(merged.row_max, whole.row_max)
     assert np.array_equal(merged.label_logit, whole.label_logit, equal_nan=True)
@@ -97,7 +97,7 @@ def test_merged_measures_are_those_of_whole_rows(batch: Any, count: int) -> None
     q[4] = np.round(q[4] / 8)  # with ties
     ids = np.stack([labels, labels[::-1]], -1)
     with np.errstate(all="ignore"):
-        merged = algebra.merge_measures(xp, ids, measures(q, ids, cuts, NAMES[:count]))
+        merged = algebra.merge_measures(xp, ids, measures(q, ids, cuts, NAMES[:count]), V)
         whole = row_measures(q, np.where(ids == BAD_LABEL, V, ids), NAMES[:count])
     for name, x in whole._asdict().items():
         y = getattr(merged, name)
@@ -117,7 +117,7 @@ def test_gradients_of_shards_are_those_of_whole_rows(batch: Any) -> None:
     generator = np.random.default_rng(0)
     a, b, c = (generator.standard_normal(len(q)) for _ in range(3))
     with np.errstate(all="ignore"):
-        merged = algebra.merge(xp, labels, shards(q, labels, cuts, False))
+        merged = algebra.merge(xp, labels, shards(q, labels, cuts, False), V)
         row_max, logsum, *_ = kernels.row_stats(q, labels)
         expected = kernels.row_grad(q, labels, row_max, logsum, a, b, c)
         parts = [
@@ -137,7 +137,7 @@ def test_one_bad_shard_spoils_the_row_and_no_other(garbage: float) -> None:
     q[1, 7] = garbage
     labels = np.array([0, 3, 11])
     with np.errstate(all="ignore"):
-        found = algebra.merge(xp, labels, shards(q, labels, [0, 4, 8, V], True))
+        found = algebra.merge(xp, labels, shards(q, labels, [0, 4, 8, V], True), V)
     value = found.row_max + found.logsum
     assert np.isnan(value).tolist() == [False, True, False]
 
@@ -146,7 +146,7 @@ def test_all_devices_merge_to_the_same_bits() -> None:
     q = np.random.default_rng(0).standard_normal((5, V)).astype(np.float32)
     labels = np.arange(5)
     parts = shards(q, labels, [0, 3, 8, V], True)
-    first, second = (algebra.merge(xp, labels, parts) for _ in range(2))
+    first, second = (algebra.merge(xp, labels, parts, V) for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(first, second, strict=True))
     assert first.logsum.dtype == np.float32
 
