@@ -11,7 +11,7 @@ and outputs, and by its cost model how many bytes it moves. The command fails wh
 - a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them, or
   has other than three matrix products in the body of a loop over chunks,
 - on 256 chips that shard data, sequence and vocabulary, a loss sends more than its labels and
-  three numbers a row along an axis (a last layer also the sums of its two gradients), or
+  three numbers per row along an axis (a last layer also the sums of its two gradients), or
 - a gradient on its own takes memory, or moves more than one read and one write of the logits and
   24 KiB a row (the tiles around the labels, and row vectors, padded to 128 lanes), where whole rows
   fit in VMEM and the logits consist of whole tiles.

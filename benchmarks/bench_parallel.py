@@ -174,7 +174,7 @@ def table(
 ) -> Table:
     """Figures of each contestant."""
     out = Table(title=title)
-    for heading in ("", "collectives", "bytes a row", "ms", "x copy"):
+    for heading in ("", "collectives", "bytes per row", "ms", "x copy"):
         out.add_column(heading, justify="right" if heading else "left")
     copy = ms[COPY]
     for name, (messages, count) in sent.items():

@@ -1,7 +1,7 @@
 """Fixed costs: small logits, whose arithmetic takes no longer than the way to it.
 
 Eager calls on 4 x 128 rows over 64 columns, beside F.cross_entropy's. One time is that of a hundred
-calls, so that a table's milliseconds are tens of microseconds a call.
+calls, so that a table's milliseconds are tens of microseconds per call.
 """
 
 from __future__ import annotations

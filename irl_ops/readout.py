@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 class Readout(NamedTuple):
     """q = softcap tanh(logit_scale x / softcap), or logit_scale x without a soft cap.
 
-    Numbers above 0, once a call is checked. An x of -inf stays -inf.
+    Numbers above 0, when a call has been checked. An x of -inf stays -inf.
     """
 
     logit_scale: Any = 1.0

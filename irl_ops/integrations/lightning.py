@@ -98,7 +98,7 @@ class IQLearn(Callback):  # type: ignore[misc]
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Divides the gradients by the labels, once a step, before they are clipped."""
+        """Divides the gradients by the labels, once per step, before they are clipped."""
         if self._items is None:
             raise RuntimeError(
                 "IQLearn was not called in this step: something else trains; accepted: a "

@@ -1,9 +1,9 @@
 """Rows and columns that are spread over axes of a ``shard_map``, and how the whole is had of them.
 
-Columns: every device reads its own, and the statistics of all are gathered, a few numbers a row.
-Rows: labels and statistics, a few numbers a row, are gathered into whole sequences, on which every
-device does the same scalar algebra; of the result it takes its own rows back. Nothing as wide as a
-row is moved, and all devices of an axis compute the same bits.
+Columns: every device reads its own, and the statistics of all are gathered, a few numbers per row.
+Rows: labels and statistics, a few numbers per row, are gathered into whole sequences, on which
+every device does the same scalar algebra; of the result it takes its own rows back. Nothing as wide
+as a row is moved, and all devices of an axis compute the same bits.
 
 Everything is differentiated by JAX's own rules, apart from the row kernels: gradients agree with
 those of a loss that is written with the collectives of ``jax.lax``, with ``check_vma`` and without.

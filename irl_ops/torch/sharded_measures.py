@@ -1,7 +1,7 @@
 """The row measures of rows whose columns are on several processes, differentiable by those here.
 
 As ``irl_ops.torch.shards`` and ``irl_ops.torch.sharded_linear``: one collective in the forward pass
-carries a few numbers a row, all merge the same ones, and each process writes the gradient of its
+carries a few numbers per row, all merge the same ones, and each process writes the gradient of its
 columns with the slopes of the whole row's measures.
 """
 

@@ -1,6 +1,6 @@
 """Statistics of rows whose columns are on several processes, differentiable by those that are here.
 
-Every process reads its own columns, one collective carries 12 bytes a row and rank (16 with
+Every process reads its own columns, one collective carries 12 bytes per row and rank (16 with
 entropy), and all merge the same numbers in the same order. The backward pass needs no collective:
 each process writes the gradient of its columns.
 """

@@ -60,7 +60,7 @@ def row_measures(
     of: Generation,
     interpret: Any = False,
 ) -> RowMeasures:
-    """See ``irl_ops.kernels.reference.measures``; 1 to ``generations.MOST_IDS`` ids a row."""
+    """See ``irl_ops.kernels.reference.measures``; 1 to ``generations.MOST_IDS`` ids per row."""
     x, y = planes(masked(logits, keep_mask), 2), planes(ids.astype(jnp.int32), 2)
     count, vectors = ids.shape[-1], beside(logits, row_scale, keep_above)
     blocks = Blocks.of(x, rows_for(count, of), of.columns, of)

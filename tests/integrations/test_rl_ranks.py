@@ -1,6 +1,6 @@
 """The functions under the names of RL trainers, over two processes that share the vocabulary.
 
-pytest starts this file as a program, once a rank.
+pytest starts this file as a program, once per rank.
 """
 
 import os

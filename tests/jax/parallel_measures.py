@@ -168,7 +168,7 @@ def check(name: str, seed: int) -> None:
 
 
 def check_sent() -> None:
-    """A few numbers a row, in one gather of floats and one of ``top1``; nothing in reverse."""
+    """A few numbers per row, in one gather of floats and one of ``top1``; nothing in reverse."""
     import re
 
     import jax

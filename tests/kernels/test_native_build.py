@@ -19,7 +19,7 @@ ISAS = _native.isas()
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, because the choice is made once a process."""
+    """A fresh interpreter, because the choice is made once per process."""
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": search, **environment}
     command = [sys.executable, "-P", "-c", code]

@@ -1,6 +1,6 @@
 """Processes on gloo that compute what a test sends them; started once for many batches.
 
-As a program, once a rank, this is what they run: ``python -P ranks.py address rank ranks port``.
+As a program, once per rank, this is what they run: ``python -P ranks.py address rank ranks port``.
 """
 
 import itertools

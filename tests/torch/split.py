@@ -166,7 +166,7 @@ def options_of(case: Case, split: Split, shard: int) -> dict[str, Any]:
 
 
 def cut(split: Split, labels: Tensor, x: Any, shard: int) -> Any:
-    """Of an array with one or several numbers a row the rows of the shard; else as it is."""
+    """Of an array with one or several numbers per row the rows of the shard; else as it is."""
     if not isinstance(x, Tensor) or x.shape[: labels.ndim] != labels.shape:
         return x
     return split.rows(x, shard, x.ndim - labels.ndim)
@@ -193,7 +193,7 @@ def outputs(split: Split, answers: list[dict[str, Any]]) -> list[Tensor | None]:
             assert all(same(x, found[0]) for x in found)
             whole.append(found[0])
         else:
-            several = found[0].ndim - parts[0][0].ndim  # the first has a number a row
+            several = found[0].ndim - parts[0][0].ndim  # the first has a number per row
             whole.append(split.joined(list(found), several))
     return whole
 

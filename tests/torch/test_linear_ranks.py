@@ -1,6 +1,6 @@
 """The linear loss of a model under DDP and FSDP2: two ranks on gloo have the gradient of one.
 
-pytest starts this file as a program, once a rank.
+pytest starts this file as a program, once per rank.
 """
 
 import os

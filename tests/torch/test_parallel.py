@@ -274,7 +274,7 @@ def test_measures_of_a_layer(ranks: Ranks, split: Split, bias: bool) -> None:
 
 
 def test_bytes_of_measures(ranks: Ranks) -> None:
-    """A number a row for each: 12 as ever, 4 an id, the entropy's 4, and 16 of the extras."""
+    """A number per row for each: 12 as ever, 4 an id, the entropy's 4, and 16 of the extras."""
     rows = B * T
     for split, forward, backward in (
         (VOCAB, [24 + (12 + 4 * K + 4 + 4 + 4 + 8) * rows], []),

@@ -7,7 +7,7 @@ import textwrap
 
 LINES = {
     "trl": """
-        # before anything of TRL is imported, but for this
+        # before any other part of TRL is imported
         import trl.trainer.utils as trl_utils
 
         from irl_ops.integrations.rl import trl as irl_trl

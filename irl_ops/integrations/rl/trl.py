@@ -19,10 +19,10 @@ def selective_log_softmax(
 
     Args:
         logits: ``[..., V]``.
-        index: ``[...]``, or ``[..., K]`` for K tokens a row, of which one may be there twice.
+        index: ``[...]``, or ``[..., K]`` for K tokens per row, of which one may be there twice.
         temperature: divides the logits; a number above 0.
         row_mask: of index's shape, or None: where it is 0, the result is 0 without a gradient, and
-            for one token a row the logits are not looked at.
+            for one token per row the logits are not looked at.
 
     Returns:
         Tensor: of index's shape.
@@ -59,7 +59,7 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both, from one read of the logits; as ``selective_log_softmax`` for one token a row.
+    """Both, from one read of the logits; as ``selective_log_softmax`` for one token per row.
 
     Both results are 0 without a gradient where ``row_mask`` is 0.
     """
