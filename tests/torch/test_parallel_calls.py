@@ -395,9 +395,11 @@ def test_whether_columns_fit_is_seen_on_a_device(
 
 def test_calls_have_no_field_that_groups_would_ignore() -> None:
     """What a call gets beside these has to be served over groups, or refused there."""
-    loss = "terms sequence weighting heads metrics inplace backend readout"
+    loss = "terms sequence weighting heads metrics inplace backend readout plain"
     assert " ".join(Call._fields) == loss
-    assert " ".join(StatsCall._fields) == "gamma sequence heads entropy backend readout measures"
+    assert (
+        " ".join(StatsCall._fields) == "gamma sequence heads entropy backend readout measures plain"
+    )
 
 
 def test_options_of_groups_may_be_none() -> None:
