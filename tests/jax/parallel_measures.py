@@ -27,6 +27,9 @@ class Form(NamedTuple):
 
 FORMS = {
     "vocabulary": Form((4, 1), dict(extras=EXTRAS, softcap=30.0), padding=4, check_vma=False),
+    "pallas": Form(
+        (4, 1), dict(extras=EXTRAS, softcap=30.0, backend="pallas"), padding=4, check_vma=False
+    ),
     "both": Form((2, 2), dict(extras=EXTRAS, shift=True), order=True, padding=2),
     "linear": Form(
         (2, 2), dict(extras=EXTRAS, chunk_size=5), ("extra_ids", "keep_mask"), order=True,
