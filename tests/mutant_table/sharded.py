@@ -35,6 +35,7 @@ MUTANTS = [
         "every rank takes the rows of the first",
         "whole.narrow(axis, sum(sizes[:rank]), sizes[rank])",
         "whole.narrow(axis, 0, sizes[rank])",
+        f"{RANKS}test_measures_of_a_layer",  # whose rows are cut and in order, whatever is drawn
     ),
     ranks(
         "rows stay in the order of the ranks",
