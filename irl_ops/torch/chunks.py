@@ -49,8 +49,7 @@ class Linear:
         self.kernels, self.layer = kernels, layer
         self.readout = Readout(1.0, layer.softcap).keywords  # the products scale
         hidden, weight, bias = layer[:3]
-        narrow = isinstance(layer.accumulate, str) and layer.accumulate == "weight"
-        own = narrow or weight.dtype in (torch.float32, torch.float64)
+        own = layer.sums == "weight" or weight.dtype in (torch.float32, torch.float64)
         sums = weight.dtype if own else torch.float32
         self.dhidden = torch.empty_like(hidden) if wanted[0] else None
         self.dweight = total

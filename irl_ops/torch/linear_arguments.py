@@ -25,6 +25,16 @@ class Layer(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def total(self) -> Tensor | None:
+        """The user's sum, to which the weight's gradient is added instead of being returned."""
+        return self.accumulate if isinstance(self.accumulate, Tensor) else None
+
+    @property
+    def sums(self) -> str:
+        """The name of the dtype in which chunks are added up."""
+        return self.accumulate if isinstance(self.accumulate, str) else "float32"
+
 
 class LinearArguments(TorchArguments):
     """The checks for logits that are never there."""

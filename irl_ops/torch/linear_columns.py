@@ -7,17 +7,64 @@ next chunk's logits take their place. So the logits are computed once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import array_api_compat.torch as xp
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from irl_ops.algebra import Coefficients, RowStatistics, no_columns
 from irl_ops.torch import collectives, ops
 from irl_ops.torch.chunks import Linear
 from irl_ops.torch.linear_arguments import Layer
 from irl_ops.torch.shards import Reading, labels_of, whole_rows
+
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def without_padding(
+    weight: Tensor, bias: Tensor | None, how: Reading
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the columns here; views."""
+    width = weight.shape[0] if how.columns is None else how.columns.width
+    return weight[:width], None if bias is None else bias[:width]
+
+
+def padded(x: Tensor | None, rows: int) -> Tensor | None:
+    """With 0 where the weight has padding."""
+    if x is None or x.shape[0] == rows:
+        return x
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - x.shape[0]))
+
+
+def layer_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    asked: list[bool],
+    total: Tensor | None,
+    how: Reading,
+    compute: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor | None, ...]],
+) -> Three:
+    """The gradients by hidden, weight and bias, those that are asked; one collective, of hidden's.
+
+    ``compute(weight, bias, total)`` gives them for the columns here, without padding; with a
+    ``total`` it adds that of weight to it.
+    """
+    mine, own_bias = without_padding(weight, bias, how)
+    if mine.shape[0]:
+        found = compute(mine, own_bias, None if total is None else total[: mine.shape[0]])
+    else:
+        given = (hidden, mine, own_bias)
+        found = tuple(None if x is None else torch.zeros_like(x) for x in given)
+    dhidden, dweight, dbias = (x if wish else None for x, wish in zip(found, asked, strict=True))
+    if dhidden is not None and how.columns is not None:
+        dist.all_reduce(dhidden, group=how.columns.group)
+    dweight = None if total is not None else padded(dweight, weight.shape[0])
+    return dhidden, dweight, padded(dbias, weight.shape[0])
 
 
 class LinearColumns(Linear):

@@ -8,7 +8,6 @@ import array_api_compat.torch as xp
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from irl_ops import algebra
 from irl_ops.algebra import BAD_LABEL, Heads, Objective, Rows
@@ -17,7 +16,7 @@ from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.chunks import Linear
 from irl_ops.torch.linear_arguments import Layer
-from irl_ops.torch.linear_columns import LinearColumns
+from irl_ops.torch.linear_columns import LinearColumns, padded, without_padding
 from irl_ops.torch.needed import Selection, needed
 from irl_ops.torch.parallel import ANY_LABEL
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
@@ -49,7 +48,7 @@ class LinearAtOnce(torch.autograd.Function):
         ``how`` tells of the columns that other processes have; None: the weight has all.
         """
         wanted = ctx.needs_input_grad[:3]
-        ctx.total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
+        ctx.total = layer.total
         layer = layer._replace(hidden=hidden, weight=weight, bias=bias)
         if how is None:
             kept = Kept(layer, aligned(call.sequence, labels, weight.shape[0]), call, drop)
@@ -57,10 +56,8 @@ class LinearAtOnce(torch.autograd.Function):
             out = algebra.loss_and_grad(xp, over, kept.rows, kept.loss, kept.heads)
         else:
             assert how.columns is not None
-            width = how.columns.width  # without padding
-            part = layer._replace(
-                weight=weight[:width], bias=None if bias is None else bias[:width]
-            )
+            own_weight, own_bias = without_padding(weight, bias, how)
+            part = layer._replace(weight=own_weight, bias=own_bias)
             rows = algebra.align(xp, labels.long(), ANY_LABEL, call.sequence)
             kept = Kept(part, rows, call, drop)
             td = kept.loss.td is not None
@@ -70,8 +67,8 @@ class LinearAtOnce(torch.autograd.Function):
         ctx.group = None if how is None else how.columns.group  # type: ignore[union-attr]
         ctx.save_for_backward(
             None if over.dhidden is None else kept.spread(over.dhidden),
-            _padded(over.dweight, weight.shape[0]),
-            _padded(over.dbias, weight.shape[0]),
+            padded(over.dweight, weight.shape[0]),
+            padded(over.dbias, weight.shape[0]),
             None if out.dvalues is None else kept.spread(out.dvalues),
             None if out.dnext_values is None else kept.spread(out.dnext_values),
             kept.unit,
@@ -137,13 +134,6 @@ def _unit(loss: Objective) -> Tensor:
     if loss.td is not None and loss.td.numel():
         largest = torch.maximum(largest, loss.td.abs().amax())
     return torch.where(largest > 0, largest, 1.0)
-
-
-def _padded(x: Tensor | None, rows: int) -> Tensor | None:
-    """With 0 where the weight has padding."""
-    if x is None or x.shape[0] == rows:
-        return x
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - x.shape[0]))
 
 
 def _refuse_bad_labels(count: Any, labels: Tensor, call: Call) -> None:

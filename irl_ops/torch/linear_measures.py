@@ -26,12 +26,10 @@ def statistics(
     shape = rows.labels.shape
     ids = measures.ids_of(call, rows, layer.weight.shape[0])
     view = measures.view_of(call, rows.labels, row_vector(layer.hidden[:0]).dtype).flat()
-    total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
-    accumulate = "float32" if isinstance(layer.accumulate, Tensor) else layer.accumulate
     wanted = call.measures.wanted(call.entropy)
     found = linear_row_measures(
-        layer.hidden.flatten(0, -2), layer.weight, layer.bias, ids.flatten(0, -2), *view, total,
-        ",".join(wanted), layer.chunk, accumulate, *layer[5:], backend,
+        layer.hidden.flatten(0, -2), layer.weight, layer.bias, ids.flatten(0, -2), *view,
+        layer.total, ",".join(wanted), layer.chunk, layer.sums, *layer[5:], backend,
     )  # fmt: skip
     present = measures.present(wanted)
     shaped = (

@@ -60,12 +60,10 @@ def statistics(
     """Row statistics, differentiable by hidden, weight and bias; 0 in rows that are not wanted."""
     shape = rows.labels.shape
     hidden, labels = layer.hidden.flatten(0, -2), rows.labels.flatten()
-    total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
-    accumulate = "float32" if isinstance(layer.accumulate, Tensor) else layer.accumulate
     wanted = None if wanted is None else wanted.flatten()
     *vectors, h = linear_row_stats(
-        hidden, layer.weight, layer.bias, labels, wanted, total, entropy, layer.chunk, accumulate,
-        *layer[5:], backend,
+        hidden, layer.weight, layer.bias, labels, wanted, layer.total, entropy, layer.chunk,
+        layer.sums, *layer[5:], backend,
     )  # fmt: skip
     row_max, logsum, label_logit = (x.view(shape) for x in vectors)
     h = h.view(shape) if entropy else None

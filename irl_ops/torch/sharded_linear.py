@@ -11,7 +11,6 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.algebra import RowStatistics, no_columns
@@ -20,6 +19,7 @@ from irl_ops.torch import linear_dtensor, linear_ops, ops, sharded, sharded_meas
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
 from irl_ops.torch.linear_arguments import Layer, arguments
+from irl_ops.torch.linear_columns import layer_gradients, without_padding
 from irl_ops.torch.linear_loss import LinearAtOnce
 from irl_ops.torch.parallel import (
     ParallelArguments,
@@ -169,23 +169,21 @@ class LinearRows(torch.autograd.Function):
         box: list[Any],
     ) -> tuple[Tensor, ...]:
         """As that of ``irl_ops.torch.shards.Dense``; 0 in rows that are not wanted."""
-        mine, width = labels_of(labels, how.columns), _width(weight, how)
-        accumulate = "float32" if isinstance(layer.accumulate, Tensor) else layer.accumulate
-        ctx.form = (layer.chunk, accumulate, layer.scale, layer.softcap, how.backend)
+        mine = labels_of(labels, how.columns)
+        ctx.form = (layer.chunk, layer.sums, layer.scale, layer.softcap, how.backend)
         found = no_columns(xp, ops.row_vector(hidden), how.entropy)
-        if width:
+        own_weight, own_bias = without_padding(weight, bias, how)
+        if own_weight.shape[0]:
             row_max, logsum, label_logit, h = linear_ops.linear_row_stats(
-                hidden, weight[:width], None if bias is None else bias[:width], mine, wanted, None,
-                how.entropy, *ctx.form,
-            )  # fmt: skip
+                hidden, own_weight, own_bias, mine, wanted, None, how.entropy, *ctx.form
+            )
             found = RowStatistics(row_max, logsum, label_logit, h if how.entropy else None)
         whole, columns = merged(found, labels, how)
         box.append(weight.shape[0] if columns is None else columns)
         row_max, logsum, label_logit, h = whole
         entropy = h if h is not None else row_max.new_empty(0)
         ctx.save_for_backward(hidden, weight, bias, mine, wanted, row_max, logsum, entropy)
-        ctx.how = how
-        ctx.total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
+        ctx.how, ctx.total = how, layer.total
         ctx.mark_non_differentiable(row_max)
         return row_max, logsum, label_logit, entropy
 
@@ -198,32 +196,13 @@ class LinearRows(torch.autograd.Function):
         hidden, weight, bias, labels, wanted, row_max, logsum, entropy = ctx.saved_tensors
         how: Reading = ctx.how
         a, b = ops.row_coefficients(entropy if how.entropy else None, dlogsum, dentropy)
-        asked, width = list(ctx.needs_input_grad[:3]), _width(weight, how)
-        dhidden, dweight, dbias = (
-            None if x is None or not wish else torch.zeros_like(x)
-            for x, wish in zip((hidden, weight, bias), asked, strict=True)
-        )
-        if width:
-            given = (
-                hidden, weight[:width], None if bias is None else bias[:width], labels, wanted,
-                [row_max, logsum, a, b, dlabel], asked, *ctx.form,
-            )  # fmt: skip
-            if ctx.total is None:
-                found = linear_ops.linear_row_grad(*given)
-            else:
-                found = linear_ops.linear_row_grad_into(*given, ctx.total[:width])
-            dhidden = found[0] if asked[0] else None
-            if dweight is not None and ctx.total is None:
-                dweight[:width] = found[1]
-            if dbias is not None:
-                dbias[:width] = found[2]
-        if dhidden is not None and how.columns is not None:
-            dist.all_reduce(dhidden, group=how.columns.group)
-        if ctx.total is not None:
-            dweight = None
-        return dhidden, dweight, dbias, *[None] * 5
+        vectors, asked = [row_max, logsum, a, b, dlabel], list(ctx.needs_input_grad[:3])
 
+        def compute(weight: Tensor, bias: Tensor | None, total: Tensor | None) -> Any:
+            given = (hidden, weight, bias, labels, wanted, vectors, asked, *ctx.form)
+            if total is None:
+                return linear_ops.linear_row_grad(*given)
+            return linear_ops.linear_row_grad_into(*given, total)
 
-def _width(weight: Tensor, how: Reading) -> int:
-    """The columns here that are no padding."""
-    return weight.shape[0] if how.columns is None else how.columns.width
+        found = layer_gradients(hidden, weight, bias, asked, ctx.total, how, compute)
+        return *found, *[None] * 5

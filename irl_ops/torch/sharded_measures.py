@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from irl_ops.algebra import (
@@ -27,6 +26,7 @@ from irl_ops.kernels.reference.measures import RowMeasures
 from irl_ops.torch import linear_measures, measures, pool, sharded
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.linear_arguments import Layer
+from irl_ops.torch.linear_columns import layer_gradients, without_padding
 from irl_ops.torch.measures import View
 from irl_ops.torch.ops import row_vector
 from irl_ops.torch.parallel import ANY_LABEL
@@ -200,18 +200,16 @@ class LinearMeasures(torch.autograd.Function):
         box: list[Any],
     ) -> tuple[Tensor, ...]:
         """As that of ``DenseMeasures``; rows are along one axis."""
-        width = weight.shape[0] if how.columns is None else how.columns.width
+        own_weight, own_bias = without_padding(weight, bias, how)
+        width = own_weight.shape[0]
         ids, view = given.ids_here(how, width), given.view.columns(width)
-        total = layer.accumulate if isinstance(layer.accumulate, Tensor) else None
-        accumulate = "float32" if isinstance(layer.accumulate, Tensor) else layer.accumulate
-        ctx.form = (layer.chunk, accumulate, layer.scale, layer.softcap, how.backend)
-        ctx.total, ctx.width = total, width
+        ctx.form = (layer.chunk, layer.sums, layer.scale, layer.softcap, how.backend)
+        ctx.total = layer.total
         found = no_columns(row_vector(hidden), ids, how.wanted)
         if width:
             some = linear_measures.linear_row_measures(
-                hidden, weight[:width], None if bias is None else bias[:width], ids, *view, None,
-                ",".join(how.wanted), *ctx.form,
-            )  # fmt: skip
+                hidden, own_weight, own_bias, ids, *view, None, ",".join(how.wanted), *ctx.form
+            )
             present = measures.present(how.wanted)
             named = zip(RowMeasures._fields, some, strict=True)
             found = RowMeasures(*(x if name in present else None for name, x in named))
@@ -228,29 +226,17 @@ class LinearMeasures(torch.autograd.Function):
         row_max, logsum, entropy, log_sum_sq, kept = rest
         how: Reading = ctx.how
         slopes = measures.slopes_of(",".join(how.wanted), entropy, log_sum_sq, kept, above)
-        asked, width = list(ctx.needs_input_grad[:3]), ctx.width
-        dhidden, dweight, dbias = (
-            None if x is None or not wish else torch.zeros_like(x)
-            for x, wish in zip((hidden, weight, bias), asked, strict=True)
-        )
-        if width:
-            given = (
-                hidden, weight[:width], None if bias is None else bias[:width], ids,
-                [row_max, logsum, *slopes], [scale, mask, bound], asked, *ctx.form,
-            )  # fmt: skip
-            if ctx.total is None:
-                found = linear_measures.linear_row_measures_grad(*given)
-            else:
-                into = ctx.total[:width]
-                found = linear_measures.linear_row_measures_grad_into(*given, into)
-            dhidden = found[0] if asked[0] else None
-            if dweight is not None and ctx.total is None:
-                dweight[:width] = found[1]
-            if dbias is not None:
-                dbias[:width] = found[2]
-        if dhidden is not None and how.columns is not None:
-            dist.all_reduce(dhidden, group=how.columns.group)
-        return dhidden, None if ctx.total is not None else dweight, dbias, *[None] * 4
+        asked = list(ctx.needs_input_grad[:3])
+        rows = ids, [row_max, logsum, *slopes], [scale, mask, bound]
+
+        def compute(weight: Tensor, bias: Tensor | None, total: Tensor | None) -> Any:
+            given = (hidden, weight, bias, *rows, asked, *ctx.form)
+            if total is None:
+                return linear_measures.linear_row_measures_grad(*given)
+            return linear_measures.linear_row_measures_grad_into(*given, total)
+
+        found = layer_gradients(hidden, weight, bias, asked, ctx.total, how, compute)
+        return *found, *[None] * 4
 
 
 def _saved(

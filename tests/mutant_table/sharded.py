@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "ranks: the gradient of hidden is that of the columns here",
-        ("irl_ops/torch/sharded_linear.py",),
+        ("irl_ops/torch/linear_columns.py",),
         "dist.all_reduce(dhidden, group=how.columns.group)",
         "pass",
         f"{RANKS}test_linear",
