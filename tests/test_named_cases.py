@@ -37,8 +37,9 @@ def test_torch_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "inplace"), [("native", False), ("native", True), ("reference", False)]
+)
 def test_jax(backend: str, inplace: bool, name: str) -> None:
     """``inplace`` for the gradient in the forward pass, on each backend."""
     pytest.importorskip("jax", reason="needs JAX")
