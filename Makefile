@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   the interpreter that the virtual environment is made from
 #   EXTRAS=demo,dev     what is installed beside irl_ops (pyproject.toml), and beside what is there
 #   ARGS="--steps 20"   passed on to the demo or to pytest
-#   WORKERS=2           processes that `make test` runs the tests in
+#   WORKERS=2           processes that `make test` runs the tests in; as many as processors, up to 4
 #   MINUTES=10          how long `make fuzz` goes on
 #   PIP_QUIET=1         pip says nothing while it works
 
@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= demo,dev
 ARGS   ?=
-WORKERS ?= 2
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 MINUTES ?= 10
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready

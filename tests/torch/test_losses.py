@@ -32,7 +32,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @given(case=cases())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_loss_and_gradients(backend: str, case: Case) -> None:
     check(partial(getattr(irl, case.name), backend=backend), case)
 
@@ -43,7 +43,7 @@ def test_module(backend: str, case: Case) -> None:
 
 
 @given(case=cases(garbage=False))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_metrics(backend: str, case: Case) -> None:
     options = {**case.options, "backend": backend, "return_metrics": True}
     leaf = case.leaf.clone().requires_grad_()
@@ -72,7 +72,7 @@ def test_metrics(backend: str, case: Case) -> None:
 
 
 @given(case=cases(names=("iqlearn_loss",), garbage=False), entropy=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_token_stats(backend: str, case: Case, entropy: bool) -> None:
     """Outputs, and the gradient of a random sum of them."""
     kept = "ignore_index shift where segment_ids position_ids cu_seqlens eos_token_id boundary"
