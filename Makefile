@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   the interpreter that the virtual environment is made from
 #   EXTRAS=demo,dev     what is installed beside irl_ops (pyproject.toml), and beside what is there
 #   ARGS="--steps 20"   passed on to the demo or to pytest
-#   WORKERS=2           processes that `make test` runs the tests in; as many as processors, up to 4
+#   WORKERS=8           processes that `make test` runs the tests in; one per core, and at most 4
 #   MINUTES=10          how long `make fuzz` goes on
 #   PIP_QUIET=1         pip says nothing while it works
 
