@@ -54,9 +54,9 @@ def test_a_backward_pass_belongs_to_the_range_of_its_forward():
         "initial policy": 0, "discriminator": 0,
     }  # fmt: skip
     for part, count in wanted.items():
-        # to sleep takes no less, and on a busy machine somewhat more
-        assert count <= naps[part] < count + 0.5 or naps[part] == count == 0, naps
-    assert 0 < naps["optimizer"] < 0.5 and 0 < naps["the rest"] < 0.5, naps
+        # to sleep takes no less; on a busy machine it takes more, and one part has no other's
+        assert naps[part] >= count and (naps[part] > 0) == (count > 0), naps
+    assert naps["optimizer"] > 0 and naps["the rest"] > 0
     (update,) = [event for event in profiler.events() if event.name == "an update"]
     assert sum(found.values()) == pytest.approx(update.cpu_time_total, rel=1e-6)
 
