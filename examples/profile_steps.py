@@ -3,11 +3,12 @@
     python examples/profile_steps.py                  # on a CPU: the shapes of T5, divided by 4
     python examples/profile_steps.py --device cuda    # whole
     python examples/profile_steps.py --quick          # seconds, to see that it runs
-    python examples/profile_steps.py --page docs/systems.md   # put the table there
+    python examples/profile_steps.py --only shares    # where the time goes, and no Table 1
+    python examples/profile_steps.py --page docs/systems.md   # put the tables there
 
-Prints a table for each shape and one in Markdown for all, and writes every time to a JSON file
-under benchmarks/results/. Times are of a quiet machine or they say nothing: the load is written
-beside them.
+Prints tables for each shape and in Markdown, and writes every time to a JSON file under
+benchmarks/results/. Times are of a quiet machine or they say nothing: the load is written beside
+them. Shares of an update's time, from a profile of updates of their own, mind the load less.
 
 Random weights and tokens; the trainers are the library's own, and the time of an update is what
 they take between two callbacks, sampling apart. The systems take turns, in an order drawn anew in
@@ -16,6 +17,7 @@ each round, on copies of the same weights.
 
 import argparse
 import copy
+import json
 import os
 import platform
 import random
@@ -30,6 +32,8 @@ from report import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from step_shares import PARTS
+from step_shares import measure as measure_shares
 from transformers import (
     PrinterCallback,
     T5Config,
@@ -69,7 +73,9 @@ SHAPES = {
     "xl": Shape(1024, 16384, 128, 32, 24, 16,
                 {"MLE": 1031, "GAIL": 1410, "IQLearn": 1355, "sampling": 1823}),
 }  # fmt: skip
-MARKS = "<!-- profile-steps -->", "<!-- end -->"  # of a page, around the table
+MARKS = {"times": "<!-- profile-steps -->", "shares": "<!-- profile-shares -->"}  # of a page
+END = "<!-- end -->"
+SYSTEMS = ("MLE", "offline IQLearn", "online IQLearn", "GAIL")
 PAPERS = {"offline IQLearn": "IQLearn", "online IQLearn": "IQLearn", "GAIL": "GAIL",
           "sampling": "sampling"}  # fmt: skip
 
@@ -197,9 +203,8 @@ def measure(model: T5ForConditionalGeneration, size: Size, device: str) -> dict[
     """Milliseconds of updates by system, and of sampling one batch."""
     found: dict[str, list[float]] = {name: [] for name in ("MLE", *PAPERS)}
     order = random.Random(0)
-    systems = ["MLE", "offline IQLearn", "online IQLearn", "GAIL"]
     for _ in range(size.rounds):
-        for system in order.sample(systems, len(systems)):
+        for system in order.sample(SYSTEMS, len(SYSTEMS)):
             clock = Clock()
             trainer = trainer_of(system, copy.deepcopy(model), size, device)
             trainer.add_callback(clock)
@@ -210,6 +215,16 @@ def measure(model: T5ForConditionalGeneration, size: Size, device: str) -> dict[
                 seconds = trainer.seconds["sampling_seconds"]
                 found["sampling"].append(1e3 * seconds / (size.updates + 1))
             del trainer
+    return found
+
+
+def profiled(model: T5ForConditionalGeneration, size: Size, device: str) -> dict[str, Any]:
+    """Milliseconds of an update by system and part."""
+    found = {}
+    for system in SYSTEMS:
+        trainer = trainer_of(system, copy.deepcopy(model), size, device)
+        trainer.remove_callback(PrinterCallback)
+        found[system] = measure_shares(trainer, size.updates)
     return found
 
 
@@ -232,8 +247,10 @@ def main() -> None:
     add("--rounds", type=int, help="default: 3")
     add("--updates", type=int, help="timed in each round; default: 3")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    add("--only", choices=MARKS, help="times of updates, or the shares of their parts; default: "
+        "both")  # fmt: skip
     add("--out", type=Path, help="default: benchmarks/results/profile-steps-DEVICE.json")
-    add("--page", type=Path, help="put the Markdown table between the marks of this file")
+    add("--page", type=Path, help="put the Markdown tables between the marks of this file")
     options = parser.parse_args()
     gpu, quick = options.device == "cuda", options.quick
     dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
@@ -241,7 +258,7 @@ def main() -> None:
     tokens = (8, 8) if quick else (256, 128) if gpu else (64, 64)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console, results = Console(), {}
+    console, results = Console(), {name: {} for name in MARKS if options.only in (None, name)}
     for name in options.shapes or (["base"] if quick else list(SHAPES)):
         shape = SHAPES[name]
         size = Size(
@@ -250,10 +267,17 @@ def main() -> None:
             options.rounds or (1 if quick else 3), options.updates or (1 if quick else 3),
         )  # fmt: skip
         model = t5(shape, scale, size.vocab, dtype)
-        times = measure(model, size, options.device)
-        results[name] = {"size": size._asdict(), "parameters": model.num_parameters(),
-                         "milliseconds": times}  # fmt: skip
-        console.print(table(name, shape, scale, times, model.num_parameters()))
+        about = {"size": size._asdict(), "parameters": model.num_parameters()}
+        title = f"T5-{name}" + (f", divided by {scale}" if scale > 1 else "")
+        title += f": {model.num_parameters() / 1e6:.1f} M parameters"
+        if "times" in results:
+            times = measure(model, size, options.device)
+            results["times"][name] = about | {"milliseconds": times}
+            console.print(table(title, shape, times))
+        if "shares" in results:
+            parts = profiled(model, size, options.device)
+            results["shares"][name] = about | {"milliseconds": parts}
+            console.print(shares_table(title, parts))
     device = torch.cuda.get_device_name() if gpu else platform.machine()
     facts = {"device": device, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
              "dtype": str(dtype).removeprefix("torch."), "scale": scale}  # fmt: skip
@@ -261,23 +285,26 @@ def main() -> None:
     folder = Path("runs" if quick else "benchmarks/results")
     out = options.out or folder / file
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**facts, "shapes": results})
-    text = markdown(facts, results)
-    console.print(f"\n{text}\n", markup=False, highlight=False, soft_wrap=True)
+    # What was not measured this time stays as it was.
+    kept = json.loads(out.read_text(encoding="utf-8")) if options.only and out.exists() else {}
+    texts = {}
+    if "times" in results:
+        kept |= {**facts, "shapes": results["times"]}
+        texts["times"] = markdown(facts, results["times"])
+    if "shares" in results:
+        kept["shares"] = {**facts, "shapes": results["shares"]}
+        texts["shares"] = markdown_of_shares(facts, results["shares"])
+    write_json(out, kept)
+    for what, text in texts.items():
+        console.print(f"\n{text}\n", markup=False, highlight=False, soft_wrap=True)
+        if options.page:
+            put(options.page, MARKS[what], text)
     console.print(str(out), highlight=False)
-    if options.page:
-        put(options.page, text)
 
 
-def table(
-    name: str, shape: Shape, scale: int, times: dict[str, list[float]], parameters: int
-) -> Table:
+def table(title: str, shape: Shape, times: dict[str, list[float]]) -> Table:
     """Medians, and their ratios to MLE's beside the paper's."""
-    made = Table(
-        title=f"T5-{name}" + (f", divided by {scale}" if scale > 1 else "")
-        + f": {parameters / 1e6:.1f} M parameters",
-        box=box.SIMPLE_HEAD,
-    )  # fmt: skip
+    made = Table(title=title, box=box.SIMPLE_HEAD)
     for header in ("update", "ms", "of MLE's", "in the paper"):
         made.add_column(header, justify="left" if header == "update" else "right")
     mle = statistics.median(times["MLE"])
@@ -305,29 +332,68 @@ def markdown(facts: dict[str, Any], results: dict[str, Any]) -> str:
     lines = [header, ["---"] * len(header)]
     lines += [[system, *(one[system] for one in ratios.values())] for system in ("MLE", *PAPERS)]
     size = next(iter(results.values()))["size"]
-    said = (
+    counted = f"medians of {size['rounds'] * size['updates']} updates"
+    return rows_of(lines) + f"\n\n{conditions(facts, results)}; {counted}."
+
+
+def shares_table(title: str, parts: dict[str, dict[str, float]]) -> Table:
+    """The percentage of an update that each part takes."""
+    made = Table(title=title, box=box.SIMPLE_HEAD)
+    for header in ("% of an update", *parts):
+        made.add_column(header, justify="left" if header == "% of an update" else "right")
+    for line in shares_lines(parts):
+        made.add_row(*line)
+    return made
+
+
+def shares_lines(parts: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A line for each part that any system has."""
+    totals = {system: sum(found.values()) for system, found in parts.items()}
+    return [
+        [part, *(f"{100 * found[part] / totals[system]:.1f}" if found[part] else ""
+                 for system, found in parts.items())]
+        for part in PARTS
+    ]  # fmt: skip
+
+
+def markdown_of_shares(facts: dict[str, Any], results: dict[str, Any]) -> str:
+    """The shares with the largest shape that was measured."""
+    name, found = list(results.items())[-1]
+    header = [f"% of an update of T5-{name}, {found['parameters'] / 1e6:.1f} M",
+              *found["milliseconds"]]  # fmt: skip
+    lines = [header, ["---"] * len(header), *shares_lines(found["milliseconds"])]
+    counted = f"{found['size']['updates']} updates under torch.profiler"
+    return rows_of(lines) + f"\n\n{conditions(facts, {name: found})}; {counted}."
+
+
+def rows_of(lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def conditions(facts: dict[str, Any], results: dict[str, Any]) -> str:
+    """On what, and with what, it was measured."""
+    size = next(iter(results.values()))["size"]
+    return (
         f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}; "
         f"load {facts['load']:.1f}; "
         + (f"shapes and vocabulary divided by {facts['scale']}; " if facts["scale"] > 1 else "")
         + f"{size['prompt']} tokens of a question and {size['answer']} of an answer, batches of "
         + ", ".join(str(found["size"]["batch"]) for found in results.values())
-        + f"; medians of {size['rounds'] * size['updates']} updates."
     )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + said
 
 
-def put(page: Path, text: str) -> None:
-    """Replace what stands between the marks of a page.
+def put(page: Path, first: str, text: str) -> None:
+    """Replace what stands between that mark of a page and the next end.
 
     Raises:
         ValueError: they are not there.
     """
-    first, last = MARKS
     before, mark, rest = page.read_text(encoding="utf-8").partition(first)
-    _, end, after = rest.partition(last)
+    _, end, after = rest.partition(END)
     if not (mark and end):
-        raise ValueError(f"--page {page}: no {first} ... {last} in it; accepted: a page with both")
-    page.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")
+        raise ValueError(f"--page {page}: no {first} ... {END} in it; accepted: a page with both")
+    page.write_text(f"{before}{first}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

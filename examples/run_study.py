@@ -136,7 +136,8 @@ def main() -> None:
     run_all(Wanted(experiments), results, seeds, work, options.jobs, console)
     target = options.page or out / "study.md"
     command = shlex.join(["python", "examples/run_study.py", *shown(sys.argv[1:])])
-    page.write(target, experiments, results, list(seeds), facts, command)
+    told = facts | {"model": shown([facts["model"]])[0]}
+    page.write(target, experiments, results, list(seeds), told, command)
     console.print(f"{target}, from {out}", highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sacrebleu
@@ -66,11 +67,19 @@ class Calculator(LogitsProcessor):
             rest = calculated(self.tokenizer.decode(ids[-LAST:], skip_special_tokens=True))
             if not rest:
                 continue
-            forced = self.tokenizer.encode(rest, add_special_tokens=False)[0]
+            forced = self.first(rest)
             kept = scores[row, forced].clone()
             scores[row] = -torch.inf
             scores[row, forced] = torch.where(kept.isfinite(), kept, 0.0)
         return scores
+
+    def first(self, rest: str) -> int:
+        """The first token of what is to be written, within a word if the tokenizer has words."""
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        sign, behind = encode("="), encode("=" + rest)
+        if behind[: len(sign)] == sign:
+            return int(behind[len(sign)])
+        return int(encode(rest)[0])
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from irl_ops.score.scorer import IGNORE, Encoded, Scorer
 from study.tasks import Task
 
 Row = dict[str, list[int]]
+SIGNS = "0123456789.+-*/()=<>#"
+"""What an answer of GSM8k is calculated with."""
 
 
 class Sizes(NamedTuple):
@@ -65,10 +67,17 @@ def tokenizer_of(task: Task, name: str | None, sizes: Sizes) -> Any:
     """A tokenizer trained on the data that is not held out, or that of a model."""
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer.pad_token_id is None:
-            raise ValueError(f"--model {name}: its tokenizer has no padding token")
+        if tokenizer.pad_token_id is None:  # masks tell padding from an end
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.add_tokens([sign for sign in SIGNS if not writes(tokenizer, sign)])
         return tokenizer
     return train_tokenizer([*task.start, *task.train], sizes.vocab_size)
+
+
+def writes(tokenizer: Any, sign: str) -> bool:
+    """Whether a sign survives as tokens; T5's vocabulary has no "<", for one."""
+    ids = tokenizer.encode(sign, add_special_tokens=False)
+    return sign in tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def model_of(architecture: str, tokenizer: Any, name: str | None, sizes: Sizes) -> PreTrainedModel:
@@ -76,7 +85,10 @@ def model_of(architecture: str, tokenizer: Any, name: str | None, sizes: Sizes) 
     if name is not None:
         two_parts = AutoConfig.from_pretrained(name).is_encoder_decoder
         kind: Any = AutoModelForSeq2SeqLM if two_parts else AutoModelForCausalLM
-        return kind.from_pretrained(name, dtype="float32")
+        model: Any = kind.from_pretrained(name, dtype="float32")
+        if len(tokenizer) > model.config.get_text_config().vocab_size:
+            model.resize_token_embeddings(len(tokenizer))
+        return model  # type: ignore[no-any-return]
     if architecture == "decoder":
         return small_decoder(tokenizer, sizes)
     return small_encoder_decoder(tokenizer, sizes)

@@ -89,6 +89,7 @@ OPERATIONS: dict[type[ast.AST], Callable[..., float]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
@@ -107,7 +108,8 @@ def calculated(text: str) -> str | None:
         result = f"{value:.10g}>>"
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError):
         return None
-    return result.removeprefix(found[2]) if result.startswith(found[2]) else None
+    begun = found[2].lstrip()  # tokenizers may put a space there
+    return result.removeprefix(begun) if result.startswith(begun) else None
 
 
 def evaluate(node: ast.AST) -> float:

@@ -209,6 +209,7 @@ def train(
     collator=collate,
     loss_func=None,
     trainer_class=Trainer,
+    resume=None,
     **arguments,
 ):
     defaults = {
@@ -234,7 +235,7 @@ def train(
         callbacks=list(callbacks),
         compute_loss_func=loss_func,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

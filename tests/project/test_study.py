@@ -4,8 +4,8 @@ import copy
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +14,12 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts, not a package
 
 import run_study  # noqa: E402
-from study import findings, measures, rewards, tasks, work  # noqa: E402
+from study import findings, measures, rewards, start, tasks, work  # noqa: E402
 from study.config import ConfigError, Decoding, Experiment, Run, expand, read  # noqa: E402
 from study.results import Results, lacks  # noqa: E402
 from study.training import OfflineTrainer, divergence  # noqa: E402
-from transformers import TrainingArguments  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast, TrainingArguments  # noqa: E402
 
 from irl_ops.score.record import Scored  # noqa: E402
 
@@ -71,10 +72,35 @@ def test_stories_are_right():
         assert tasks.final_answer(pair.completion) == sums[-1][3]
 
 
+# Written for this test, in the form of GSM8k.
+GSM8K = [
+    {"question": "A box holds 3 rows of 1,000 pins. How many pins are that?",
+     "answer": "It holds 3*1000 = <<3*1000=3000>>3,000 pins.\n#### 3,000"},
+    {"question": "Half of 7 litres are poured out, a third of a litre of it lost. What is left?",
+     "answer": "7/2 = <<7/2=3.5>>3.5 litres.\n#### 3.5"},
+]  # fmt: skip
+
+
+def test_the_lines_of_gsm8k_are_read(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in GSM8K), encoding="utf-8")
+    task = tasks.from_files(path, path, 1, 2)
+    assert (task.name, len(task.start), len(task.train), len(task.test)) == ("train", 2, 1, 2)
+    found = {pair.prompt.rstrip("\n"): pair.completion for pair in task.test}
+    assert found == {x["question"]: x["answer"] for x in GSM8K}
+    ends = [tasks.final_answer(x["answer"]) for x in GSM8K]
+    assert ends == ["3000", "3.5"]
+    for row, end in zip(GSM8K, ends, strict=True):
+        opened, closed = re.search(r"(<<.*?=)(.*?>>)", row["answer"]).groups()
+        assert tasks.calculated("so " + opened) == closed == end + ">>"
+
+
 @pytest.mark.parametrize(
     ("text", "rest"),
     [
         ("she has <<3+4=", "7>>"),
+        ("she has << 3+4= ", "7>>"),  # as tokenizers of words put it
+        ("<<560//10=", "56>>"),
         ("<<3+4=7>> <<12*3=3", "6>>"),
         ("<<3+4=7", ">>"),
         ("<<3+4=8", None),
@@ -92,16 +118,43 @@ def test_the_calculator_knows_what_is_still_to_come(text, rest):
     assert tasks.calculated(text) == rest
 
 
-def test_the_calculator_leaves_one_token_possible():
-    words = {"<<3+4=": [5], "nothing": [6], "7>>": [9]}
-    tokenizer = SimpleNamespace(
-        decode=lambda ids, **_: next(w for w, x in words.items() if x == ids[-1:]),
-        encode=lambda text, **_: words[text],
+def words_tokenizer():
+    """Of T5's kind: a space before every word is part of it, and there is no "<"."""
+    words = Tokenizer(
+        models.Unigram([("<unk>", 0.0), *((c, -2.0) for c in "\u2581sohe0123456789/=>.")], 0)
     )
-    scores = torch.randn(2, 12)
-    forced = measures.Calculator(tokenizer, 1, [2])(torch.tensor([[0, 5], [0, 6]]), scores)
-    assert forced[0].isfinite().nonzero().flatten().tolist() == [9]
-    assert torch.equal(forced[1], scores[1])
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    names = {"unk_token": "<unk>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def bytes_tokenizer():
+    """Of GPT-2's kind; it has no padding token."""
+    letters = {c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    words = Tokenizer(models.BPE({**letters, "</s>": len(letters)}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+
+
+@pytest.mark.parametrize("build", [words_tokenizer, bytes_tokenizer])
+def test_the_calculator_writes_with_every_tokenizer(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    tokenizer = start.tokenizer_of(None, str(tmp_path), None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    calculator = measures.Calculator(tokenizer, 1, [tokenizer.eos_token_id])
+    ids, idle = [0, *encode("so <<48/2=")], [0, *encode("so he")]
+    for _ in range(9):
+        width = max(len(ids), len(idle))
+        rows = [row + [idle[-1]] * (width - len(row)) for row in (ids, idle)]
+        scores = calculator(torch.tensor(rows), torch.zeros(2, len(tokenizer)))
+        assert torch.equal(scores[1], torch.zeros(len(tokenizer)))
+        possible = scores[0].isfinite().nonzero().flatten().tolist()
+        if len(possible) > 1:
+            break
+        ids += possible
+    assert tokenizer.decode(ids[1:]).replace(" ", "") == "so<<48/2=24>>"
 
 
 def test_the_end_of_an_answer_decides():

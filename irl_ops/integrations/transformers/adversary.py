@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from irl_ops.integrations.transformers.fused import last_layer, unstored_logits
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.ranges import INITIAL_POLICY, record_function
 from irl_ops.integrations.transformers.reading import Reader, Readout
 from irl_ops.integrations.transformers.value_head import column
 
@@ -158,13 +159,14 @@ class Adversaries(nn.Module):
 
     def initial(self, inputs: dict[str, Tensor], read: Callable[[Readout], Tensor]) -> Tensor:
         """``read`` of what the initial policy makes of a batch."""
-        if not self.shared:
-            found: Tensor = cast(Any, self.reference)(**inputs, read=read)
+        with record_function(INITIAL_POLICY):
+            if not self.shared:
+                found: Tensor = cast(Any, self.reference)(**inputs, read=read)
+                return found
+            with self.policy.disable_adapter():
+                found = self.policy(**inputs, read=read)
+            train_all_adapters(self.policy)
             return found
-        with self.policy.disable_adapter():
-            found = self.policy(**inputs, read=read)
-        train_all_adapters(self.policy)
-        return found
 
     def beside_policy(self) -> nn.ModuleDict:
         """What a checkpoint holds beside the policy."""

@@ -17,6 +17,13 @@ from irl_ops.integrations.transformers.adversary import Adversaries, train_all_a
 from irl_ops.integrations.transformers.episodes import IGNORED_LABEL, batch_of, plain, scored
 from irl_ops.integrations.transformers.gail_arguments import GAILArguments
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.ranges import (
+    CRITIC,
+    DISCRIMINATOR,
+    LOSS,
+    POLICY,
+    record_function,
+)
 from irl_ops.integrations.transformers.sampled import SampledTrainer
 from irl_ops.integrations.transformers.sampling import Sampler
 from irl_ops.schedules import warmup_ramp
@@ -157,23 +164,25 @@ class GAILTrainer(SampledTrainer):
             for batch in rollout:
                 batch |= whole(lambda networks, batch=batch: self._judged(networks, batch))
         networks.train(training)
-        self._rescale(rollout)
+        with record_function(LOSS):
+            self._rescale(rollout)
         return rollout
 
     def _judged(self, networks: Adversaries, batch: Batch) -> Batch:
         """log pi, log pi_0, advantages and returns of sampled rows, and what they were paid."""
         inputs = self._inputs(batch)
         stats = self._stats(networks.policy, inputs, batch["labels"])
-        value = networks.critic(**inputs)[..., : stats.kind.shape[-1]]
+        value = self._values(networks, inputs, stats.kind.shape[-1])
         reward = F.softplus(self._discriminate(networks, batch))
-        used = algebra.has_td(stats.kind)
-        boots = stats.kind == algebra.BOOTSTRAP
-        ahead = torch.where(boots, algebra.following(xp, value, 0.0), 0.0)
-        follows = boots & algebra.following(xp, used, False)
-        value, reward = torch.where(used, value, 0.0), torch.where(used, reward, 0.0)
-        gained = algebra.advantages(
-            xp, reward, value, ahead, follows, self.args.gamma, self.args.gae_lambda
-        )
+        with record_function(LOSS):
+            used = algebra.has_td(stats.kind)
+            boots = stats.kind == algebra.BOOTSTRAP
+            ahead = torch.where(boots, algebra.following(xp, value, 0.0), 0.0)
+            follows = boots & algebra.following(xp, used, False)
+            value, reward = torch.where(used, value, 0.0), torch.where(used, reward, 0.0)
+            gained = algebra.advantages(
+                xp, reward, value, ahead, follows, self.args.gamma, self.args.gae_lambda
+            )
         judged = {"old_logprob": stats.logprob, "advantage": gained, "returns": gained + value}
         if self.kl_weight() > 0:
             judged["initial_logprob"] = networks.initial(inputs, self._logprob(batch["labels"]))
@@ -227,35 +236,38 @@ class GAILTrainer(SampledTrainer):
 
         inputs = self._inputs(agent)
         stats = self._stats(networks.policy, inputs, agent["labels"], args.entropy_coef != 0)
-        terms = algebra.policy_rows(
-            xp,
-            stats.logprob,
-            agent["old_logprob"],
-            agent["advantage"],
-            args.clip if args.algorithm == "ppo" else None,
-        )
-        metrics = {"policy_loss": terms}
-        if args.entropy_coef:
-            terms = terms - args.entropy_coef * stats.entropy
-            metrics["entropy"] = stats.entropy
-        if "initial_logprob" in agent:
-            apart = stats.logprob - agent["initial_logprob"]
-            terms = terms + self.kl_weight() * apart**2 / 2
-            metrics["kl"] = apart
-        value = networks.critic(**inputs)[..., : used.shape[-1]]
-        wrong = (value - agent["returns"]) ** 2 / 2
+        value = self._values(networks, inputs, used.shape[-1])
         d_agent = self._discriminate(networks, agent)
         d_expert = self._discriminate(networks, expert)
-        demonstrated = self._aligned(expert["labels"]) != IGNORED_LABEL
-        metrics |= {"value_loss": wrong, "reward": agent["reward"], "caught": (d_agent < 0).float()}
-        found = {k: mean(x.detach(), used, tokens.clamp(min=1)) for k, x in metrics.items()}
-        loss = mean(terms + wrong + F.softplus(d_agent), used, items[1])
-        loss = loss + mean(F.softplus(-d_expert), demonstrated, items[0])
-        if args.mle_weight:
-            nll = -networks.policy(
-                **self._inputs(expert), read=self._logprob(expert["labels"], temperature=1.0)
+        nll = self._nll(networks.policy, expert) if args.mle_weight else None
+        with record_function(LOSS):
+            terms = algebra.policy_rows(
+                xp,
+                stats.logprob,
+                agent["old_logprob"],
+                agent["advantage"],
+                args.clip if args.algorithm == "ppo" else None,
             )
-            loss = loss + args.mle_weight * mean(nll, demonstrated, items[0])
+            metrics = {"policy_loss": terms}
+            if args.entropy_coef:
+                terms = terms - args.entropy_coef * stats.entropy
+                metrics["entropy"] = stats.entropy
+            if "initial_logprob" in agent:
+                apart = stats.logprob - agent["initial_logprob"]
+                terms = terms + self.kl_weight() * apart**2 / 2
+                metrics["kl"] = apart
+            wrong = (value - agent["returns"]) ** 2 / 2
+            demonstrated = self._aligned(expert["labels"]) != IGNORED_LABEL
+            metrics |= {
+                "value_loss": wrong,
+                "reward": agent["reward"],
+                "caught": (d_agent < 0).float(),
+            }
+            found = {k: mean(x.detach(), used, tokens.clamp(min=1)) for k, x in metrics.items()}
+            loss = mean(terms + wrong + F.softplus(d_agent), used, items[1])
+            loss = loss + mean(F.softplus(-d_expert), demonstrated, items[0])
+            if nll is not None:
+                loss = loss + args.mle_weight * mean(nll, demonstrated, items[0])
         return loss, found | {"tokens": tokens.float()}
 
     def _evaluated(self, model: Any, inputs: Batch, return_outputs: bool) -> Any:
@@ -268,7 +280,7 @@ class GAILTrainer(SampledTrainer):
             return loss, metrics, readout.logits if stored else None
 
         rest = self._inputs(plain(inputs))
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), record_function(POLICY):
             loss, metrics, logits = model(lambda networks: networks.policy(**rest, read=read))
         self.running[False]._record(metrics)
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -296,7 +308,14 @@ class GAILTrainer(SampledTrainer):
             "entropy": entropy,
             "temperature": self.args.temperature,
         }
-        return policy(**inputs, read=lambda readout: readout("token_stats", labels, **options))
+        with record_function(POLICY):
+            return policy(**inputs, read=lambda readout: readout("token_stats", labels, **options))
+
+    def _nll(self, policy: Any, batch: Batch) -> Tensor:
+        read = self._logprob(batch["labels"], temperature=1.0)
+        with record_function(POLICY):
+            logprob: Tensor = policy(**self._inputs(batch), read=read)
+        return -logprob
 
     def _logprob(self, labels: Tensor, temperature: float | None = None) -> Any:
         options = {
@@ -305,6 +324,11 @@ class GAILTrainer(SampledTrainer):
             "temperature": temperature or self.args.temperature,
         }
         return lambda readout: readout("token_stats", labels, **options).logprob
+
+    def _values(self, networks: Adversaries, inputs: Batch, width: int) -> Tensor:
+        with record_function(CRITIC):
+            value: Tensor = networks.critic(**inputs)[..., :width]
+        return value
 
     def _discriminate(self, networks: Adversaries, batch: Batch) -> Tensor:
         """D(s_t, a_t): the logit behind the token that row t scores."""
@@ -315,9 +339,9 @@ class GAILTrainer(SampledTrainer):
             ids = inputs["decoder_input_ids"].clone()
             ids[:, -1] = torch.where(last == IGNORED_LABEL, self.pad, last)
             inputs["decoder_input_ids"] = ids
-            return networks.discriminator(**inputs)[:, 1:]  # type: ignore[no-any-return]
-        scores = networks.discriminator(**inputs)
-        return F.pad(scores[:, 1:], (0, 1))
+        with record_function(DISCRIMINATOR):
+            scores: Tensor = networks.discriminator(**inputs)[:, 1:]
+        return scores if self.encoder_decoder else F.pad(scores, (0, 1))
 
     # ---------------------------------------------------------------------------------------------
     # Checkpoints: the policy as it saves itself, the others beside it

@@ -14,6 +14,7 @@ from torch import Tensor
 from irl_ops.integrations.options import try_options
 from irl_ops.integrations.transformers.context import Part, part_of, refuse, share_of, sizes
 from irl_ops.integrations.transformers.fused import LinearLogits
+from irl_ops.integrations.transformers.ranges import LOSS, record_function
 from irl_ops.torch import iqlearn_loss
 
 
@@ -140,10 +141,11 @@ class Loss:
             # computed in the same pass, since the 0 of a tensor is not looked at
             batch["entropy_coef"] = torch.zeros((), device=logits.device)
         loss: Tensor
-        if isinstance(logits, LinearLogits):
-            loss, metrics = logits.iqlearn_loss(labels, **batch)
-        else:
-            loss, metrics = iqlearn_loss(logits, labels, return_metrics=True, **batch)
+        with record_function(LOSS):
+            if isinstance(logits, LinearLogits):
+                loss, metrics = logits.iqlearn_loss(labels, **batch)
+            else:
+                loss, metrics = iqlearn_loss(logits, labels, return_metrics=True, **batch)
         self.called = True
         if num_items is not None:
             tokens = metrics["tokens"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from irl_ops.integrations.transformers.episodes import Buffer, batch_of, joined, plain, scored
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.ranges import LOSS, POLICY, record_function
 from irl_ops.integrations.transformers.reading import Reader, Readout
 from irl_ops.integrations.transformers.sampled import SampledTrainer, SamplingArguments
 from irl_ops.integrations.transformers.sampling import Sampler
@@ -205,7 +206,7 @@ class OnlineIQLearnTrainer(SampledTrainer):
             stored = return_outputs and isinstance(readout.logits, Tensor)
             return loss, metrics, readout.logits if stored else None
 
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), record_function(POLICY):
             loss, metrics, logits = model(**inputs, read=read)
         if model.training:  # these would be means of demonstrations and samples
             del metrics["nll"], metrics["accuracy"]
@@ -227,15 +228,16 @@ class OnlineIQLearnTrainer(SampledTrainer):
             shared["values"] = readout.values
         if args.objective == "value":
             stats = readout("token_stats", labels, entropy=False, **shared)
-            loss = iq_value_loss(
-                stats,
-                is_expert,
-                alpha=args.alpha,
-                lam=args.lam,
-                semi_gradient=args.semi_gradient,
-                num_items=items,
-            )
-            return loss, _metrics(stats)
+            with record_function(LOSS):
+                loss = iq_value_loss(
+                    stats,
+                    is_expert,
+                    alpha=args.alpha,
+                    lam=args.lam,
+                    semi_gradient=args.semi_gradient,
+                    num_items=items,
+                )
+                return loss, _metrics(stats)
         found: tuple[Tensor, dict[str, Tensor]] = readout(
             "online_iqlearn_loss",
             labels,

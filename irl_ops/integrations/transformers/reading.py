@@ -23,6 +23,7 @@ from irl_ops.integrations.transformers.fused import (
     unstored_logits,
 )
 from irl_ops.integrations.transformers.model import transformers_model
+from irl_ops.integrations.transformers.ranges import LOSS, record_function
 from irl_ops.integrations.transformers.value_head import values_of
 
 
@@ -47,10 +48,12 @@ class Readout(NamedTuple):
                 "softcap": None if cap is None else cap / temperature,
             }
             labels = labels.to(logits.hidden.device)
-            return twin(logits.hidden, logits.weight, labels, *more, **bent, **options)
+            with record_function(LOSS):
+                return twin(logits.hidden, logits.weight, labels, *more, **bent, **options)
         dense: Callable[..., Any] = getattr(irl, name)
         labels = labels.to(logits.device)
-        return dense(logits, labels, *more, logit_scale=1 / temperature, **options)
+        with record_function(LOSS):
+            return dense(logits, labels, *more, logit_scale=1 / temperature, **options)
 
 
 Read = Callable[[Readout], Any]

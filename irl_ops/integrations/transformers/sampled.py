@@ -20,6 +20,7 @@ from irl_ops.integrations.transformers import context
 from irl_ops.integrations.transformers.callbacks import refuse_the_worst
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, prompt_of
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss
+from irl_ops.integrations.transformers.ranges import SAMPLING, record_function
 from irl_ops.integrations.transformers.sampling import (
     ContinuousSampler,
     GenerateSampler,
@@ -146,7 +147,7 @@ class SampledTrainer(Trainer):
         chosen = self._prompts(count, step)
         share = count // ranks
         own = chosen[rank * share : (rank + 1) * share]
-        with self._as_of(step):
+        with self._as_of(step), record_function(SAMPLING):
             answers = self._answers(own)
         if len(answers) != len(own):
             raise ValueError(f"the sampler gave {len(answers)} answers to {len(own)} prompts")
