@@ -1,6 +1,6 @@
-// Whole calls, of a loss and of token_stats: the fields of a call one by one, addresses for arrays,
-// 0 for those that are not there. And the stages of a call, for the test that holds all forms
-// equal.
+// Whole calls, of a loss and of token_stats: the options of a call one by one, addresses for
+// arrays, 0 for those that are not there, so that calls of the same numbers share one record. And
+// the stages of a call, for the test that holds all forms equal.
 #include <algorithm>
 
 #include "addresses.h"
@@ -53,10 +53,18 @@ struct Shape {
 };
 
 Shape shape_of(const std::string& dtype, const Axes& sizes, Axes strides, std::int64_t vocab,
-               const Call& call, std::int64_t threads, const std::string& isa) {
-  if (call.length < 1) throw std::invalid_argument("length is below 1");
+               std::int64_t threads, const std::string& isa) {
   return {irl::find_isa(isa), parse_rows(dtype, sizes, std::move(strides), vocab),
           parse_threads(threads)};
+}
+
+// The options, and the labels of sequences that the last axis of `sizes` holds the rows of.
+Call call_on(const Call& options, Address labels, const Axes& sizes) {
+  if (sizes.empty()) throw std::invalid_argument("sizes has no entries, accepted are 1 or more");
+  Call call = options;
+  call.labels = pointer<const std::int64_t>(labels);
+  call.length = std::max<std::int64_t>(sizes.back(), 1);
+  return call;
 }
 
 irl::algebra::Outputs outputs(Address dlogits, const Axes& sizes, Axes strides, Address row_losses,
@@ -71,10 +79,13 @@ irl::algebra::Outputs outputs(Address dlogits, const Axes& sizes, Axes strides, 
 }
 
 py::object loss(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
-                std::int64_t vocab, const Call& call, Address dlogits, Axes dlogits_strides,
-                Address row_losses, Address dvalues, Address dnext_values, std::int64_t threads,
-                const std::string& isa, double logit_scale, double softcap) {
-  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, call, threads, isa);
+                std::int64_t vocab, const Call& options, Address labels, double above,
+                Address above_rows, Address dlogits, Axes dlogits_strides, Address row_losses,
+                Address dvalues, Address dnext_values, std::int64_t threads, double logit_scale,
+                double softcap, const std::string& isa) {
+  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, threads, isa);
+  Call call = call_on(options, labels, sizes);
+  call.above = {above, pointer<const float>(above_rows)};
   const irl::Readout readout = parse_readout(logit_scale, softcap);
   const auto out =
       outputs(dlogits, sizes, std::move(dlogits_strides), row_losses, dvalues, dnext_values);
@@ -98,10 +109,11 @@ irl::algebra::TokenStats stats_at(const std::vector<Address>& at) {
 }
 
 std::int64_t token_stats(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
-                         std::int64_t vocab, const Call& call, const std::vector<Address>& out,
-                         std::int64_t threads, const std::string& isa, double logit_scale,
-                         double softcap) {
-  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, call, threads, isa);
+                         std::int64_t vocab, const Call& options, Address labels,
+                         const std::vector<Address>& out, std::int64_t threads, double logit_scale,
+                         double softcap, const std::string& isa) {
+  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, threads, isa);
+  const Call call = call_on(options, labels, sizes);
   const irl::Readout readout = parse_readout(logit_scale, softcap);
   const auto to = stats_at(out);
   py::gil_scoped_release released;
@@ -113,8 +125,8 @@ void token_stats_grad(Address logits, const std::string& dtype, const Axes& size
                       std::int64_t vocab, const Call& call, const std::vector<Address>& kept,
                       const std::vector<Address>& above, Address dlogits, Axes dlogits_strides,
                       Address dvalues, Address dnext_values, std::int64_t threads,
-                      const std::string& isa, double logit_scale, double softcap) {
-  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, call, threads, isa);
+                      double logit_scale, double softcap, const std::string& isa) {
+  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, threads, isa);
   const irl::Readout readout = parse_readout(logit_scale, softcap);
   const auto from = stats_at(kept);
   const auto given = [&](std::size_t i) { return pointer<const float>(above.at(i)); };
@@ -126,10 +138,13 @@ void token_stats_grad(Address logits, const std::string& dtype, const Axes& size
 }
 
 // Every stage on row statistics that are given: what it returns, by name.
-py::dict stages(const Call& call, std::int64_t vocab, const std::vector<float>& row_max,
+py::dict stages(const Call& options, Address labels, const Axes& sizes, double above,
+                Address above_rows, std::int64_t vocab, const std::vector<float>& row_max,
                 const std::vector<float>& logsum, const std::vector<float>& label_logit,
                 const std::vector<float>& entropy) {
   using namespace irl::algebra;
+  Call call = call_on(options, labels, sizes);
+  call.above = {above, pointer<const float>(above_rows)};
   py::dict out;
   const auto n = static_cast<std::int64_t>(row_max.size());
   const Rows rows = align(call, n, vocab);
@@ -174,10 +189,6 @@ void define_calls(py::module_& module) {
   const auto heads = &Call::heads;
   py::class_<Call>(module, "Call")
       .def(py::init<>())
-      .def(py::init<const Call&>(), arg("call"))
-      .def_readwrite("length", &Call::length)
-      .def_property("labels", nullptr,
-                    [](Call& call, Address at) { call.labels = pointer<const std::int64_t>(at); })
       .def_property("ignore_index", nullptr, value_of(sequence, &Sequence::ignore_index))
       .def_property("shift", nullptr, value_of(sequence, &Sequence::shift))
       .def_property("eos_token_id", nullptr, value_of(sequence, &Sequence::eos_token_id))
@@ -215,24 +226,19 @@ void define_calls(py::module_& module) {
            })
       .def_property("values", nullptr, address_of(heads, &Heads::values))
       .def_property("next_values", nullptr, address_of(heads, &Heads::next_values))
-      .def_property("detach_next", nullptr, value_of(heads, &Heads::detach_next))
-      .def(
-          "set_above",
-          [](Call& call, double number, Address at) {
-            call.above = {number, pointer<const float>(at)};
-          },
-          arg("number"), arg("at"));
+      .def_property("detach_next", nullptr, value_of(heads, &Heads::detach_next));
   module.def("loss", &loss, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"), arg("vocab"),
-             arg("call"), arg("dlogits"), arg("dlogits_strides"), arg("row_losses"), arg("dvalues"),
-             arg("dnext_values"), arg("threads"), arg("isa") = "", arg("logit_scale") = 1.0,
-             arg("softcap") = 0.0);
+             arg("call"), arg("labels"), arg("above"), arg("above_rows"), arg("dlogits"),
+             arg("dlogits_strides"), arg("row_losses"), arg("dvalues"), arg("dnext_values"),
+             arg("threads"), arg("logit_scale") = 1.0, arg("softcap") = 0.0, arg("isa") = "");
   module.def("token_stats", &token_stats, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
-             arg("vocab"), arg("call"), arg("out"), arg("threads"), arg("isa") = "",
-             arg("logit_scale") = 1.0, arg("softcap") = 0.0);
+             arg("vocab"), arg("call"), arg("labels"), arg("out"), arg("threads"),
+             arg("logit_scale") = 1.0, arg("softcap") = 0.0, arg("isa") = "");
   module.def("token_stats_grad", &token_stats_grad, arg("logits"), arg("dtype"), arg("sizes"),
              arg("strides"), arg("vocab"), arg("call"), arg("kept"), arg("above"), arg("dlogits"),
              arg("dlogits_strides"), arg("dvalues"), arg("dnext_values"), arg("threads"),
-             arg("isa") = "", arg("logit_scale") = 1.0, arg("softcap") = 0.0);
-  module.def("stages", &stages, arg("call"), arg("vocab"), arg("row_max"), arg("logsum"),
-             arg("label_logit"), arg("entropy"));
+             arg("logit_scale") = 1.0, arg("softcap") = 0.0, arg("isa") = "");
+  module.def("stages", &stages, arg("call"), arg("labels"), arg("sizes"), arg("above"),
+             arg("above_rows"), arg("vocab"), arg("row_max"), arg("logsum"), arg("label_logit"),
+             arg("entropy"));
 }

@@ -92,12 +92,10 @@ def scale(
 ) -> None: ...
 
 class Call:
-    """The fields of a call: numbers as they are, arrays by address, 0 for absent ones."""
+    """The options of a call: numbers as they are, arrays by address, 0 for absent ones."""
 
-    def __init__(self, call: Call = ...) -> None: ...
+    def __init__(self) -> None: ...
 
-    length: int
-    labels: int
     ignore_index: int
     shift: bool
     eos_token_id: Sequence[int]
@@ -120,7 +118,6 @@ class Call:
     def set_mle(self, number: float, at: int) -> None: ...
     def set_td(self, number: float, at: int) -> None: ...
     def set_agent_td(self, number: float, at: int) -> None: ...
-    def set_above(self, number: float, at: int) -> None: ...
     def set_entropy_coef(self, x: float) -> None: ...
     def set_z_loss(self, x: float) -> None: ...
 
@@ -131,15 +128,18 @@ def loss(
     strides: Sequence[int],
     vocab: int,
     call: Call,
+    labels: int,
+    above: float,
+    above_rows: int,
     dlogits: int,
     dlogits_strides: Sequence[int],
     row_losses: int,
     dvalues: int,
     dnext_values: int,
     threads: int,
-    isa: str = "",
     logit_scale: float = 1.0,
     softcap: float = 0.0,
+    isa: str = "",
 ) -> tuple[float, float, float, float, float, float, float, float, float] | int:
     """Loss, nll, value, entropy, td, reward, accuracy, z, tokens; or a row with a bad label."""
 
@@ -186,11 +186,12 @@ def token_stats(
     strides: Sequence[int],
     vocab: int,
     call: Call,
+    labels: int,
     out: Sequence[int],
     threads: int,
-    isa: str = "",
     logit_scale: float = 1.0,
     softcap: float = 0.0,
+    isa: str = "",
 ) -> int:
     """The first row whose label is bad, or -1; writes the ten arrays at ``out``."""
 
@@ -208,12 +209,16 @@ def token_stats_grad(
     dvalues: int,
     dnext_values: int,
     threads: int,
-    isa: str = "",
     logit_scale: float = 1.0,
     softcap: float = 0.0,
+    isa: str = "",
 ) -> None: ...
 def stages(
     call: Call,
+    labels: int,
+    sizes: Sequence[int],
+    above: float,
+    above_rows: int,
     vocab: int,
     row_max: Sequence[float],
     logsum: Sequence[float],

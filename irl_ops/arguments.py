@@ -72,12 +72,12 @@ class Arguments:
         """Logits ``[..., T, V]`` in a float dtype, labels ``[..., T]`` in an integer one."""
         self._check_array("logits", logits, self.floats)
         self._check_array("labels", labels, self.integers)
-        if logits.ndim < 2 or logits.shape[-1] == 0:
+        shape = logits.shape
+        if len(shape) < 2 or shape[-1] == 0:
             raise ValueError(
-                f"logits has shape {list(logits.shape)}; accepted: [..., T, V] with V of 1 or more"
+                f"logits has shape {list(shape)}; accepted: [..., T, V] with V of 1 or more"
             )
-        rows = logits.shape[:-1]
-        _check_shape("labels", labels, rows, "the shape of logits without its last axis")
+        _check_shape("labels", labels, shape[:-1], "the shape of logits without its last axis")
         self.check_place("labels", labels, logits)
 
     def sequence(self, labels: Any, vocab: int, given: Sequence) -> Sequence:

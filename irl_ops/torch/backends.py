@@ -54,30 +54,32 @@ def choose(name: str, logits: Tensor, measures: bool = False) -> str:
     option = "backend"
     if name == "auto" and (named := os.environ.get("IRL_OPS_BACKEND")):
         option, name = "the environment variable IRL_OPS_BACKEND", named
+    device, dtype = logits.device, logits.dtype
     if name == "auto":
         # Triton on a CPU is its interpreter, which is asked for by name
-        on_cpu = logits.device.type == "cpu"
+        on_cpu = device.type == "cpu"
         for known in BACKENDS:
             if known == "triton" and on_cpu:
                 continue
-            if reason_against(known, logits, measures) is None:
+            if reason_against(known, device, dtype, measures) is None:
                 return known
     if name not in tuple(BACKENDS):
         accepted = ", ".join(["'auto'", *(f"'{n}'" for n in BACKENDS)])
         raise ValueError(f"{option} is {name!r}; accepted: {accepted}")
-    reason = reason_against(name, logits, measures)
+    reason = reason_against(name, device, dtype, measures)
     if reason is not None:
         raise ValueError(
-            f"{option} {name!r} cannot serve {logits.dtype} logits on {logits.device.type}: "
-            f"{reason}"
+            f"{option} {name!r} cannot serve {dtype} logits on {device.type}: {reason}"
         )
     return name
 
 
-def reason_against(name: str, logits: Tensor, measures: bool = False) -> str | None:
-    """Why a backend cannot serve these logits, or None."""
-    reason: str | None = BACKENDS[name].unavailable(logits.device)
-    if reason is None and logits.dtype == torch.float64 and name != "reference":
+def reason_against(
+    name: str, device: torch.device, dtype: torch.dtype, measures: bool
+) -> str | None:
+    """Why a backend cannot serve logits of that device and dtype, or None."""
+    reason: str | None = BACKENDS[name].unavailable(device)
+    if reason is None and dtype == torch.float64 and name != "reference":
         return "its arithmetic is float32; float64 is computed by 'reference' alone"
     if reason is None and measures and not hasattr(BACKENDS[name], "row_measures"):
         return (

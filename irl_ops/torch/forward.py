@@ -11,7 +11,7 @@ from irl_ops.call import Call
 from irl_ops.torch import traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
-from irl_ops.torch.gradients import AtOnce, Later
+from irl_ops.torch.gradients import AtOnce, Later, asks_for_gradient
 from irl_ops.torch.private import is_wrapped
 from irl_ops.torch.whole import loss_by
 
@@ -28,15 +28,13 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
     """
     backend = choose(call.backend, logits)
     heads = call.heads
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (logits, heads.values, heads.next_values)
-    )
+    differentiable = asks_for_gradient(logits, heads)
     inplace = call.inplace and differentiable and logits.requires_grad
     if inplace:
         arguments.check_inplace(logits)
     given = logits
     logits = contiguous_rows(logits)
-    if not (is_plain(logits) and is_plain(labels)):
+    if not is_plain(logits, labels):
         return traced.loss_of(call, logits, labels, backend)
     box: list[Any] = []
     if not differentiable:
@@ -62,11 +60,14 @@ def contiguous_rows(logits: Tensor) -> Tensor:
     return logits
 
 
-def is_plain(logits: Tensor) -> bool:
+def is_plain(*arrays: Tensor) -> bool:
     """Whether a backend may take the memory: compilers, subclasses and vmap want operators."""
-    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling():
         return False
-    return not is_wrapped(logits)
+    for x in arrays:
+        if type(x) not in (Tensor, torch.nn.Parameter) or is_wrapped(x):
+            return False
+    return True
 
 
 def poison(logits: Tensor) -> None:

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irl_ops.algebra import Heads
 from irl_ops.call import Call
 from irl_ops.torch import pool
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
 from irl_ops.torch.whole import loss_by
+
+
+def asks_for_gradient(logits: Tensor, heads: Heads) -> bool:
+    """Whether a call has a gradient to compute."""
+    return torch.is_grad_enabled() and (
+        logits.requires_grad
+        or (heads.values is not None and heads.values.requires_grad)
+        or (heads.next_values is not None and heads.next_values.requires_grad)
+    )
 
 
 class AtOnce(torch.autograd.Function):
@@ -33,11 +43,10 @@ class AtOnce(torch.autograd.Function):
         box: list[Any],
     ) -> Tensor:
         """The loss; the metrics go into ``box``."""
-        logits = logits.detach()
-        dlogits = logits if inplace else pool.empty_like(logits)
+        dlogits = logits.detach() if inplace else pool.empty_like(logits)
         outcome = loss_by(backend)(call, logits, labels, dlogits, None)
         if inplace:
-            torch.autograd.graph.increment_version(logits)
+            torch.autograd.graph.increment_version(dlogits)
         ctx.save_for_backward(dlogits, outcome.dvalues, outcome.dnext_values)
         ctx.backend, ctx.handed_over = backend, False
         box.append(outcome.metrics)
@@ -88,10 +97,11 @@ class Later(torch.autograd.Function):
         if ctx.handed_over:
             refuse_second_pass()
         logits, values, next_values, labels = ctx.saved_tensors
-        logits = logits.detach()
         dlogits = logits if ctx.inplace else pool.empty_like(logits)
-        heads = ctx.call.heads._replace(values=values, next_values=next_values)
-        call = ctx.call._replace(heads=heads, metrics=False)
+        call: Call = ctx.call
+        if call.metrics or not call.plain:
+            heads = call.heads._replace(values=values, next_values=next_values)
+            call = call._replace(heads=heads, metrics=False)
         outcome = loss_by(ctx.backend)(call, logits, labels, dlogits, dloss)
         if ctx.inplace:
             ctx.handed_over = True

@@ -299,7 +299,7 @@ def _loss(
     inputs = (layer.hidden, layer.weight, layer.bias, heads.values, heads.next_values)
     wanted = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
     summed = call.weighting.reduction != "none"
-    if not (wanted and summed and is_plain(layer.hidden) and is_plain(labels)):
+    if not (wanted and summed and is_plain(layer.hidden, labels)):
         return linear_ops.loss(call, layer, labels, drop, backend)
     box: list[Any] = []
     loss: Tensor = LinearAtOnce.apply(*inputs, labels, layer, call, drop, backend, None, box)  # type: ignore[no-untyped-call]

@@ -260,8 +260,8 @@ def scale_(dlogits: Tensor, factor: Tensor) -> None:
 
 
 def _rows(logits: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...], int]:
-    *sizes, vocab = logits.shape
-    return logits.data_ptr(), _DTYPES[logits.dtype], tuple(sizes), logits.stride()[:-1], vocab
+    shape = logits.shape
+    return logits.data_ptr(), _DTYPES[logits.dtype], shape[:-1], logits.stride()[:-1], shape[-1]
 
 
 def _row_vector(logits: Tensor) -> Tensor:

@@ -16,14 +16,12 @@ from irl_ops.torch.arguments import arguments
 
 
 def fields_of(call: Call | StatsCall, labels: Tensor) -> Fields:
-    """The fields of a whole call."""
-    if call.plain:
-        return Fields(labels, _plain_fields(call))
-    return _all_fields(call, labels)
+    """The options of a whole call; calls without arrays share those of an equal one."""
+    return _plain_fields(call) if call.plain else _all_fields(call, labels.shape)
 
 
-def _all_fields(call: Call | StatsCall, labels: Tensor) -> Fields:
-    fields = Fields(labels)
+def _all_fields(call: Call | StatsCall, shape: torch.Size) -> Fields:
+    fields = Fields(shape)
     fields.sequence(call.sequence)
     fields.heads(call.heads)
     if isinstance(call, Call):
@@ -35,27 +33,21 @@ def _all_fields(call: Call | StatsCall, labels: Tensor) -> Fields:
 
 
 @functools.lru_cache(256)
-def _plain_fields(call: Call | StatsCall) -> Any:
-    """The fields of a call without arrays, set once for all equal ones."""
-    return _all_fields(call, torch.empty(0, dtype=torch.int64)).call
+def _plain_fields(call: Call | StatsCall) -> Fields:
+    return _all_fields(call, torch.Size())
 
 
 class Fields:
-    """The fields of a call in C++, and the tensors that have to live as long."""
+    """The options of a call in C++, and the tensors that have to live as long."""
 
-    def __init__(self, labels: Tensor, like: Any = None) -> None:
-        make = native._native.Call
-        self.call: Any = make() if like is None else make(like)
-        self.shape = shape = labels.shape
+    def __init__(self, shape: torch.Size) -> None:
+        self.call: Any = native._native.Call()
+        self.shape = shape  # of the labels
         self.kept: list[Tensor] = []
-        self.call.length = shape[-1] or 1
-        self.call.labels = self.address(labels, torch.int64)
 
     def address(self, x: Tensor, dtype: torch.dtype) -> int:
         """The address of the array's elements, contiguous and in that dtype."""
-        if x.dtype != dtype or not x.is_contiguous():
-            x = x.detach().to(dtype).contiguous()
-        self.kept.append(x)
+        self.kept.append(x := contiguous(x, dtype))
         return x.data_ptr()
 
     def array(self, name: str, x: Tensor | None, dtype: torch.dtype) -> None:
@@ -119,15 +111,22 @@ class Fields:
         self.call.detach_next = given.detach_next
 
 
+def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The array as the C++ code takes it; itself where it is so already."""
+    if x.dtype is dtype and x.is_contiguous():
+        return x
+    return x.detach().to(dtype).contiguous()
+
+
 def row_vector(labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for a number per row, contiguous."""
     return torch.empty_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def readout_of(call: Call | StatsCall) -> dict[str, Any]:
+def readout_of(call: Call | StatsCall) -> tuple[float, float]:
     """How logits become Q-values, 0 standing for no soft cap."""
     scale, cap = call.readout
-    return {"logit_scale": scale, "softcap": cap or 0.0}
+    return scale, cap or 0.0
 
 
 def refuse_label(row: int, labels: Tensor, logits: Tensor, sequence: Sequence) -> NoReturn:

@@ -12,7 +12,7 @@ from torch import Tensor
 from irl_ops.algebra import Terms
 from irl_ops.call import Call
 from irl_ops.torch import native
-from irl_ops.torch.native_call import fields_of, readout_of, refuse_label, row_vector
+from irl_ops.torch.native_call import contiguous, fields_of, readout_of, refuse_label, row_vector
 from irl_ops.torch.outcome import Outcome
 
 METRICS = ("nll", "value", "entropy", "td", "reward", "accuracy", "z", "tokens")
@@ -22,26 +22,31 @@ def loss(
     call: Call, logits: Tensor, labels: Tensor, dlogits: Tensor | None, above: Tensor | None
 ) -> Outcome:
     """See ``irl_ops.torch.whole``."""
-    fields = fields_of(call, labels)
-    if above is not None:
-        fields.numbers("above", above)
-    dvalues = dnext_values = per_row = None
+    fields, rows = fields_of(call, labels), contiguous(labels, torch.int64)
+    factor, factors = 1.0, None
+    if above is not None and above.ndim:
+        factors = contiguous(above, torch.float32)
+    elif above is not None:
+        factor = above.item()
+    dvalues = dnext_values = None
     if dlogits is not None and call.heads.values is not None:
         dvalues = row_vector(labels)
     if dlogits is not None and call.heads.next_values is not None:
         dnext_values = row_vector(labels)
-    if call.weighting.reduction == "none":
-        per_row = row_vector(labels)
+    per_row = row_vector(labels) if call.weighting.reduction == "none" else None
     found = native._native.loss(
         *native._rows(logits),
         fields.call,
+        rows.data_ptr(),
+        factor,
+        native._address(factors),
         native._address(dlogits),
         () if dlogits is None else dlogits.stride()[:-1],
         native._address(per_row),
         native._address(dvalues),
         native._address(dnext_values),
         torch.get_num_threads(),
-        **readout_of(call),
+        *readout_of(call),
     )
     if isinstance(found, int):
         refuse_label(found, labels, logits, call.sequence)

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irl_ops.algebra import Sequence
 from irl_ops.call import StatsCall
 from irl_ops.torch import native, pool
-from irl_ops.torch.native_call import Fields, fields_of, readout_of, refuse_label, row_vector
+from irl_ops.torch.gradients import asks_for_gradient
+from irl_ops.torch.native_call import contiguous, fields_of, readout_of, refuse_label, row_vector
 from irl_ops.torch.refusals import refuse_second_derivative
 
 
 def token_stats(call: StatsCall, logits: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
     """The fields of ``TokenStats``, differentiable."""
     heads = call.heads
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (logits, heads.values, heads.next_values)
-    ):
+    if asks_for_gradient(logits, heads):
         outputs: tuple[Tensor | None, ...] = Differentiable.apply(  # type: ignore[no-untyped-call]
             logits, heads.values, heads.next_values, labels, call
         )
@@ -42,7 +42,7 @@ class Differentiable(torch.autograd.Function):
         outputs, (row_max, logsum, aligned) = _token_stats(call, logits, labels, True)
         kind, correct = outputs[5:]
         ctx.save_for_backward(
-            logits, values, next_values, labels, outputs[2], kind, row_max, logsum, aligned
+            logits, values, next_values, outputs[2], kind, row_max, logsum, aligned
         )
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -56,18 +56,17 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *above: Tensor | None) -> tuple[Tensor | None, ...]:
         """One read of the logits and one write of their gradient."""
         refuse_second_derivative()
-        logits, values, next_values, labels, entropy, kind, row_max, logsum, aligned = (
-            ctx.saved_tensors
-        )
+        logits, values, next_values, entropy, kind, row_max, logsum, aligned = ctx.saved_tensors
         call: StatsCall = ctx.call
-        fields = Fields(labels)
-        fields.heads(call.heads._replace(values=values, next_values=next_values))
-        fields.call.gamma = float(call.gamma)
+        if not call.plain:  # which row follows which is in `kind`
+            heads = call.heads._replace(values=values, next_values=next_values)
+            call = call._replace(sequence=Sequence(), heads=heads)
+        fields = fields_of(call, aligned)
         dlogits = pool.empty_like(logits) if ctx.needs_input_grad[0] else None
         dvalues, dnext_values = (
-            None if x is None else row_vector(labels) for x in (values, next_values)
+            None if x is None else row_vector(aligned) for x in (values, next_values)
         )
-        given = [None if x is None else x.float().contiguous() for x in above[:5]]
+        given = [None if x is None else contiguous(x, torch.float32) for x in above[:5]]
         kept = (None, None, entropy, None, None, kind, None, row_max, logsum, aligned)
         native._native.token_stats_grad(
             *native._rows(logits),
@@ -79,7 +78,7 @@ class Differentiable(torch.autograd.Function):
             native._address(dvalues),
             native._address(dnext_values),
             torch.get_num_threads(),
-            **readout_of(call),
+            *readout_of(call),
         )
         return dlogits, dvalues, dnext_values, None, None
 
@@ -88,20 +87,24 @@ def _token_stats(
     call: StatsCall, logits: Tensor, labels: Tensor, differentiable: bool
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     """The outputs, and what the gradient needs beside them, where there will be one."""
-    fields = fields_of(call, labels)
-    value, logprob, reward, next_value = (row_vector(labels) for _ in range(4))
-    entropy = row_vector(labels) if call.entropy else None
-    kind, correct = row_vector(labels, torch.int8), row_vector(labels, torch.bool)
+    fields, rows = fields_of(call, labels), contiguous(labels, torch.int64)
+    value = row_vector(labels)
+    # like another, a tensor is made soonest
+    logprob, reward, next_value = (torch.empty_like(value) for _ in range(3))
+    entropy = torch.empty_like(value) if call.entropy else None
+    kind = torch.empty_like(value, dtype=torch.int8)
+    correct = torch.empty_like(value, dtype=torch.bool)
     kept: tuple[Tensor | None, ...] = (None, None, None)
     if differentiable:  # row_max, logsum and the aligned labels
-        kept = (row_vector(labels), row_vector(labels), row_vector(labels, torch.int64))
+        kept = (torch.empty_like(value), torch.empty_like(value), torch.empty_like(rows))
     outputs = (value, logprob, entropy, reward, next_value, kind, correct)
     bad = native._native.token_stats(
         *native._rows(logits),
         fields.call,
+        rows.data_ptr(),
         tuple(map(native._address, (*outputs, *kept))),
         torch.get_num_threads(),
-        **readout_of(call),
+        *readout_of(call),
     )
     if bad >= 0:
         refuse_label(bad, labels, logits, call.sequence)

@@ -96,7 +96,7 @@ def token_stats(
     plain = call.measures.plain
     backend = choose(call.backend, logits, not plain)
     logits = contiguous_rows(logits)
-    if plain and backend == "native" and is_plain(logits) and is_plain(labels):
+    if plain and backend == "native" and is_plain(logits, labels):
         return TokenStats(*native_tokens.token_stats(call, logits, labels))  # type: ignore[arg-type]
     rows = ops.align(labels, logits.shape[-1], call.sequence)
     more: dict[str, Tensor | None] = {}

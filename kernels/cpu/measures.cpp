@@ -55,7 +55,7 @@ void row_measures(const Isa& isa, const Team& team, const Rows& rows, const void
                   const Readout& readout, const RowView& view) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t n = rows.layout.rows();
-  over_rows(n, n * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(n, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     Reader reader(isa, rows, readout, view);
     Scratch scratch(out.log_sum_sq ? rows.vocab : 0);
     float* exps = out.log_sum_sq ? scratch.exps() : nullptr;
@@ -103,7 +103,7 @@ void row_measures_grad(const Isa& isa, const Team& team, const Rows& rows, const
     double value;
     float z;
   };
-  over_rows(n, n * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(n, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     Reader reader(isa, rows, readout, view);
     std::vector<Element> elements;
     for (std::int64_t i = begin; i < end; ++i) {

@@ -39,7 +39,7 @@ void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* l
                float* entropy, const Readout& readout) {
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
-  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, nullptr, nullptr, readout);
@@ -58,7 +58,7 @@ void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* lo
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows(), size = size_of(rows.dtype);
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
-  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       char* y = row_at(dlogits, rows, dlogits_layout, i);
@@ -91,7 +91,7 @@ void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const vo
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
   const Stores stores = choose_stores(logits, dlogits, rows, dlogits_layout);
-  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(rows.vocab);
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
@@ -148,7 +148,7 @@ void scale(const Isa& isa, const Team& team, const Rows& rows, void* dlogits, fl
   if (factor == 1) return;
   const RowLoops& loops = isa.loops[static_cast<int>(rows.dtype)];
   const std::int64_t count = rows.layout.rows();
-  over_rows(count, count * rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
+  over_rows(count, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i)
       loops.scale(row_at(dlogits, rows, rows.layout, i), rows.vocab, factor);
   });

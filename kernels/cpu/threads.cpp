@@ -17,9 +17,13 @@ namespace irl {
 
 namespace {
 
-// Below this a thread costs more than it brings: tens of microseconds to start, as much as this
-// many elements take.
-constexpr std::int64_t kWorthwhile = 1 << 17;
+// What a row takes beside its elements, in elements: its logarithm, the sums over lanes, the calls.
+constexpr std::int64_t kPerRow = 256;
+
+// Fewer elements than this are not worth another thread. One of an OpenMP runtime takes up its work
+// within a microsecond or two while it spins, some ten where it sleeps; starting a thread, or
+// waking one of a pool, takes tens. An element takes about a third of a nanosecond.
+constexpr std::int64_t kToBorrow = 1 << 15, kToStart = 1 << 17;
 
 // Ranges a thread: one that is held up leaves its share to the others.
 constexpr std::int64_t kRanges = 4;
@@ -104,9 +108,11 @@ void run_on_pool(const std::shared_ptr<Ranges>& ranges, const Team& team, std::i
 
 void use_openmp(GompParallel parallel) { openmp = parallel; }
 
-void over_rows(std::int64_t rows, std::int64_t elements, const Team& team,
+void over_rows(std::int64_t rows, std::int64_t columns, const Team& team,
                const std::function<void(std::int64_t, std::int64_t)>& work) {
-  const std::int64_t threads = std::min({team.count, rows, elements / kWorthwhile});
+  const GompParallel borrow = team.start ? nullptr : openmp.load();
+  const std::int64_t part = borrow ? kToBorrow : kToStart;
+  const std::int64_t threads = std::min({team.count, rows, rows * (columns + kPerRow) / part});
   if (threads <= 1) {
     if (rows > 0) work(0, rows);
     return;
@@ -114,9 +120,9 @@ void over_rows(std::int64_t rows, std::int64_t elements, const Team& team,
   const auto ranges = std::make_shared<Ranges>(rows, std::min(rows, threads * kRanges), work);
   if (team.start)
     run_on_pool(ranges, team, threads);
-  else if (const GompParallel parallel = openmp)
-    parallel([](void* data) { static_cast<Ranges*>(data)->run(); }, ranges.get(),
-             static_cast<unsigned>(threads), 0);
+  else if (borrow)
+    borrow([](void* data) { static_cast<Ranges*>(data)->run(); }, ranges.get(),
+           static_cast<unsigned>(threads), 0);
   else
     run_on_own_threads(*ranges, threads);
   ranges->rethrow();

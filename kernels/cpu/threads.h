@@ -21,10 +21,10 @@ struct Team {
 };
 
 // Calls work(begin, end) on contiguous ranges that cover [0, rows): on at most the team's threads,
-// and on no more than give each a worthwhile part of `elements`. The first exception of a range is
-// thrown again here, after every range has ended. Never waits for a task that has not begun: a
-// pool may be running this call on its only thread.
-void over_rows(std::int64_t rows, std::int64_t elements, const Team& team,
+// and on no more than give each a worthwhile part of rows of so many `columns`. The first exception
+// of a range is thrown again here, after every range has ended. Never waits for a task that has not
+// begun: a pool may be running this call on its only thread.
+void over_rows(std::int64_t rows, std::int64_t columns, const Team& team,
                const std::function<void(std::int64_t, std::int64_t)>& work);
 
 // The entry point of an OpenMP runtime, as gcc's compiled code calls it: runs body(data) on a team.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from irl_ops import _native, algebra
 from irl_ops.algebra import NO_EDGE, Heads, Sequence, Terms, Weighting
-from irl_ops.torch.native_call import Fields
+from irl_ops.torch.native_call import Fields, contiguous
 
 from ..cases import sequences
 
@@ -78,17 +78,25 @@ def test_every_stage_in_cpp(call: Any) -> None:
     )
     entropy = None if terms.entropy_coef is None else entropy
 
-    fields = Fields(labels)
+    fields = Fields(labels.shape)
     fields.sequence(sequence)
     fields.weighting(weighting)
     fields.terms(terms)
     fields.heads(heads)
-    if above is not None:
-        fields.numbers("above", above)
     flat = [
         [] if x is None else x.ravel().tolist() for x in (row_max, logsum, label_logit, entropy)
     ]
-    seen = _native.stages(fields.call, VOCAB, *flat)
+    factor, factors = (1.0, above) if isinstance(above, Tensor) else (above or 1.0, None)
+    rows = contiguous(labels, torch.int64)
+    seen = _native.stages(
+        fields.call,
+        rows.data_ptr(),
+        labels.shape,
+        factor,
+        0 if factors is None else factors.data_ptr(),
+        VOCAB,
+        *flat,
+    )
 
     rows = algebra.align(xp, labels.numpy(), VOCAB, numpy(sequence))
     given = numpy(weighting)

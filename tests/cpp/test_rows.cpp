@@ -172,6 +172,31 @@ void check_pools() {
   for (std::thread& thread : threads) thread.join();
 }
 
+// Small batches keep to one thread: those that spin are cheaper to ask than those that are woken.
+void check_grain() {
+  static unsigned asked;
+  const auto threads = [](std::int64_t rows, std::int64_t columns, const irl::Team& team) {
+    asked = 1;
+    std::int64_t done = 0;
+    irl::over_rows(rows, columns, team,
+                   [&](std::int64_t begin, std::int64_t end) { done += end - begin; });
+    expect(done == rows, "rows were left out", "grain", static_cast<double>(done));
+    return asked;
+  };
+  irl::use_openmp([](void (*body)(void*), void* data, unsigned count, unsigned) {
+    asked = count;
+    body(data);
+  });
+  const irl::Team pool(8, [](const irl::Team::Task&) { ++asked; });
+  expect(threads(512, 64, 2) == 2, "threads of OpenMP", "512 rows of 64", asked);
+  expect(threads(512, 64, 8) == 5, "threads of OpenMP", "512 rows of 64, 8 cores", asked);
+  expect(threads(64, 64, 2) == 1, "threads of OpenMP", "64 rows of 64", asked);
+  expect(threads(1, 1 << 20, 2) == 1, "threads of OpenMP", "one row", asked);
+  expect(threads(512, 64, pool) == 1, "threads of a pool", "512 rows of 64", asked);
+  expect(threads(2048, 64, pool) == 5, "threads of a pool", "2048 rows of 64", asked);
+  irl::use_openmp(nullptr);
+}
+
 // Blocks are whole and aligned, come back while others take some, and never belong to two.
 void check_pool() {
   irl::Pool& pool = irl::Pool::instance();
@@ -212,6 +237,7 @@ void check_pool() {
 int main() {
   check_pool();
   check_pools();
+  check_grain();
   for (const irl::Isa* isa : irl::isas()) {
     check_exp(*isa);
     for (const auto dtype : {irl::Dtype::float32, irl::Dtype::bfloat16, irl::Dtype::float16})
