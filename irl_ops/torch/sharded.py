@@ -217,8 +217,8 @@ def _whole(
         mine = algebra.align(xp, labels.long(), bound, sequence).labels
     found, columns, wrong = read(mine, reading, wanted)
     if wrong is not None:
-        kinds = [kind for kind, *_ in TOLD]
-        part = part._replace(wrong=1 + kinds.index(type(wrong)))
+        errors = [error for error, *_ in TOLD]
+        part = part._replace(wrong=1 + errors.index(type(wrong)))
     arrays = [x for x in found if x is not None]
     if early:
         arrays = _gather(part, arrays, own_losses, agreed)
