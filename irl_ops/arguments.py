@@ -187,10 +187,14 @@ class Arguments:
             return (1.0, heat) if seen is None else (seen, None)
         self._check_rows("temperature", heat, labels, self.weights, "(or a number)")
         self.check_constant("temperature", heat)
-        for x in self.peek_list(heat.reshape(-1)) or ():
+        self.check_elements(heat)
+        return 1.0, heat
+
+    def check_elements(self, temperature: Any) -> None:
+        """Those of a temperature by row are above 0, where looking costs nothing."""
+        for x in self.peek_list(temperature.reshape(-1)) or ():
             if not x > 0:
                 raise ValueError(f"temperature has the element {x}; accepted: numbers above 0")
-        return 1.0, heat
 
     def _check_ids(self, ids: Any, labels: Any) -> None:
         self._check_array("extra_ids", ids, self.integers)

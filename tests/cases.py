@@ -232,8 +232,11 @@ def differentiate(function: Callable[..., Tensor], case: Case, dtype: Any = None
     return Outcome(loss.detach().cpu(), case.view(leaf.grad.cpu()), *back)
 
 
-def tolerance(case: Case) -> Outcome:
-    """How far float32 arithmetic may be off: EPS times the sum of the sizes of the terms."""
+def tolerance(case: Case, off: float = 0.0) -> Outcome:
+    """How far float32 arithmetic may be off: EPS times the sum of the sizes of the terms.
+
+    ``off``: how many EPS the logits themselves may be off, where they are computed.
+    """
     options, shape = case.options, case.labels.shape
     x = case.logits.double()
     q = naive.readout(x, options)
@@ -243,7 +246,7 @@ def tolerance(case: Case) -> Outcome:
     gamma, kappa = float(options.get("gamma", 1.0)), abs(float(options.get("entropy_coef", 0.0)))
     zeta = float(options.get("z_loss", 0.0))
     with_values = options.get("values") is not None
-    slope = read_slope(x, options)
+    slope, off = read_slope(x, options), off * scale_of(options)
     loss, per_logit, per_value, per_next = [], [], [], []
     for sequence, logits, slopes, upstream in zip(
         batch,
@@ -259,20 +262,23 @@ def tolerance(case: Case) -> Outcome:
             v = naive.logsumexp(logits[t]).item()
             # bent logits are rounded first, so that log p is off by as much
             reach = logits[t].nan_to_num(0, 0, 0).abs().max().item() if bent(options) else 0.0
+            reach += off
             size, delta, surprise = 0.0, 0.0, 0.0
             if d:
                 size = abs(logits[t, row.label].item()) + gamma * abs(row.next_value.item())
                 size += (abs(v) + abs(row.value.item())) * with_values
+                size += (1 + gamma) * off
                 delta = abs(row.reward.item())
             if m:
                 surprise = abs(row.logprob.item()) + 1 + log_vocab + bonus
                 surprise += 2 * reach * (1 + bonus) + 3 * abs(zeta) * v**2
+                surprise += 2 * abs(zeta * v) * off
             loss.append(EPS * (m * surprise + d * (2 * delta * size + delta**2 + EPS * size**2)))
 
             u = g * 2 * d * size
             logp = (logits[t] - v).nan_to_num(0, neginf=0)
             a = g * m * (1 + bonus) + from_before * (not with_values) + u * with_values
-            a += g * m * 2 * abs(zeta * v)
+            a += g * m * 2 * abs(zeta) * (abs(v) + off)
             part = a * logp.exp() * (1 + logp.abs()) * (logits[t] != -math.inf)
             error = part * (1 + logp.abs() + 2 * reach)
             if row.label is not None:
@@ -280,7 +286,7 @@ def tolerance(case: Case) -> Outcome:
                 error[row.label] += (a + g * m + u) * (1 + reach)
             error *= slopes[t]
             if options.get("softcap") is not None:  # 1 - tanh^2 is off by roundings of 1
-                error += 3 * part * scale_of(options)
+                error += (3 + 2 * off / cap_of(options)) * part * scale_of(options)
             per_logit.append(EPS * error)
             per_value.append(EPS * (u + from_before))
             per_next.append(EPS * gamma * u)
@@ -306,6 +312,11 @@ def read_slope(x: Tensor, options: dict[str, Any]) -> Tensor:
 def scale_of(options: dict[str, Any]) -> float:
     """dq/dx without a soft cap."""
     return float(options.get("logit_scale", 1.0)) / float(options.get("temperature", 1.0))
+
+
+def cap_of(options: dict[str, Any]) -> float:
+    """The bound of q."""
+    return float(options["softcap"]) / float(options.get("temperature", 1.0))
 
 
 def bent(options: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ their columns are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,11 +18,26 @@ from irl_ops.algebra import BAD_LABEL, NO_LABEL, UNREAD
 from irl_ops.jax.shards import Columns
 from irl_ops.kernels.reference.measures import RowMeasures
 
+Kernels = dict[str, Any]
+
+
+def over_columns(name: str, kernels: Callable[[Any], Kernels]) -> Any:
+    """What ``operation`` makes of the kernel of that name where the columns are spread.
+
+    ``kernels`` gives those that run on one device, by name, for the context of a lowering.
+    """
+
+    def of(ctx: Any) -> Any:
+        run = kernels(ctx)
+        return lambda columns: getattr(OverColumns(run, columns), name)
+
+    return of
+
 
 class OverColumns:
     """The kernels of a backend, by the functions that run them on one device."""
 
-    def __init__(self, run: dict[str, Any], columns: Columns) -> None:
+    def __init__(self, run: Kernels, columns: Columns) -> None:
         self.run, self.columns = run, columns
 
     def row_stats(

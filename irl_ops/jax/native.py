@@ -20,9 +20,8 @@ import jax
 import numpy as np
 
 from irl_ops.jax import measured, private
-from irl_ops.jax.columns import OverColumns
+from irl_ops.jax.columns import over_columns
 from irl_ops.jax.operation import Function, array_like, operation, vector_like
-from irl_ops.jax.shards import Columns
 from irl_ops.kernels import reference
 from irl_ops.kernels.reference.measures import RowMeasures
 
@@ -162,26 +161,15 @@ def _on_cpu(run: Function) -> Callable[[Any], Function]:
     return choose
 
 
-def _over_columns(name: str) -> Callable[[Columns], Function]:
-    def of(columns: Columns) -> Function:
-        part: Function = getattr(OverColumns(RUN, columns), name)
-        return part
-
-    return of
+def _lowered(name: str) -> dict[str, Any]:
+    """What an operation becomes: the kernel of that name, on whole rows or on some columns."""
+    return {"over_columns": over_columns(name, lambda ctx: RUN), "cpu": _on_cpu(RUN[name])}
 
 
-def _operation(plain: Function, run: Function) -> Function:
-    return operation(plain, _over_columns(plain.__name__), cpu=_on_cpu(run))
-
-
-row_stats = _operation(reference.row_stats, _run_row_stats)
-row_grad = _operation(reference.row_grad, _run_row_grad)
-row_stats_grad = _operation(reference.row_stats_grad, _run_row_stats_grad)
-label_logit = _operation(reference.label_logit, _run_label_logit)
-set_label = _operation(reference.set_label, _run_set_label)
-row_measures = measured.measures_operation(
-    _over_columns("row_measures"), cpu=_on_cpu(_run_row_measures)
-)
-row_measures_grad = measured.gradient_operation(
-    _over_columns("row_measures_grad"), cpu=_on_cpu(_run_row_measures_grad)
-)
+row_stats = operation(reference.row_stats, **_lowered("row_stats"))
+row_grad = operation(reference.row_grad, **_lowered("row_grad"))
+row_stats_grad = operation(reference.row_stats_grad, **_lowered("row_stats_grad"))
+label_logit = operation(reference.label_logit, **_lowered("label_logit"))
+set_label = operation(reference.set_label, **_lowered("set_label"))
+row_measures = measured.measures_operation(**_lowered("row_measures"))
+row_measures_grad = measured.gradient_operation(**_lowered("row_measures_grad"))

@@ -28,7 +28,7 @@ from irl_ops.jax.shards import Columns
 Function = Callable[..., Any]
 
 
-OverColumns = Callable[[Columns], Function]
+OverColumns = Callable[[Any], Callable[[Columns], Function]]
 
 
 def operation(
@@ -42,8 +42,8 @@ def operation(
     Args:
         plain: gives the types. Its first argument has the rows' axes and the vocabulary. Where it
             is chosen, XLA partitions it as it sees fit.
-        over_columns: the function to lower on a device that has some columns of its rows; without
-            it they are gathered.
+        over_columns: gives, for jax's context of the lowering, the function to lower on a device
+            that has some columns of its rows; without it they are gathered.
         beside: the places, among the arrays and among the results, of those whose last axis is
             neither of the rows nor the vocabulary.
         **chosen: by platform, the function to lower, given jax's context of the lowering. It takes
@@ -80,7 +80,7 @@ def operation(
         run: Function = functools.partial(_listed, kernel, **static)
         if private.partitions(ctx) > 1 and kernel is not plain:
             given_ndims, out_ndims = ([x.ndim for x in y] for y in (ctx.avals_in, ctx.avals_out))
-            parted = over_columns and functools.partial(_on_columns, over_columns, **static)
+            parted = over_columns and functools.partial(_on_columns, over_columns(ctx), **static)
             run = _by_rows(run, parted, given_ndims, out_ndims, beside)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *given)
 
@@ -198,7 +198,9 @@ def array_like(logits: jax.Array) -> Any:
     return jax.ShapeDtypeStruct(logits.shape, logits.dtype)  # type: ignore[no-untyped-call]
 
 
-def _on_columns(over_columns: OverColumns, columns: Columns, **static: Any) -> Function:
+def _on_columns(
+    over_columns: Callable[[Columns], Function], columns: Columns, **static: Any
+) -> Function:
     return functools.partial(_listed, over_columns(columns), **static)
 
 

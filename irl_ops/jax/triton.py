@@ -15,12 +15,14 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from irl_ops.jax import measured, private
+from irl_ops.jax.columns import over_columns
 from irl_ops.jax.operation import Function, array_like, device, operation, vector_like
 from irl_ops.kernels import reference
 from irl_ops.kernels.reference.measures import RowMeasures
@@ -44,39 +46,6 @@ def unavailable(platform: str) -> str | None:
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
         return "JAX has no CUDA plugin, which jax-triton needs; run pip install 'jax[cuda12]'"
     return private.missing()
-
-
-def label_logit(logits: jax.Array, labels: jax.Array, **readout: Any) -> jax.Array:
-    """``q[label]``, gathered: a GPU reads single elements.
-
-    By the kernel where logits are bent, whose tanh the others' is.
-    """
-    if readout:
-        bent: jax.Array = _bent_label_logit(logits, labels, **readout)
-        return bent
-    vocab = logits.shape[-1]
-    inside = jnp.clip(labels, 0, vocab - 1)[..., None]
-    picked = jnp.take_along_axis(logits, inside, -1)[..., 0].astype(jnp.float32)
-    return jnp.where(labels < 0, 0.0, jnp.where(labels >= vocab, jnp.nan, picked))
-
-
-def set_label(
-    dlogits: jax.Array,
-    labels: jax.Array,
-    elements: jax.Array,
-    label_logit: jax.Array | None = None,
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> jax.Array:
-    """The gradient with the elements at the labels replaced, scattered; others are dropped."""
-    elements = reference.through_cap(elements, label_logit, logit_scale, softcap)
-    vocab = dlogits.shape[-1]
-    rows = dlogits.reshape(-1, vocab)
-    column = jnp.where(labels < 0, vocab, labels).reshape(-1)
-    values = elements.astype(dlogits.dtype).reshape(-1)
-    places = rows.at[jnp.arange(len(rows)), column]  # one per row, so that no order is needed
-    return places.set(values, mode="drop", unique_indices=True).reshape(dlogits.shape)
 
 
 # --- What an operation becomes for a compute capability; jax-triton puts results behind inputs ---
@@ -108,7 +77,7 @@ def _row_grad_on(ctx: Any) -> Function:
             [*vectors, *_sizes(q), *_strides(q), *_strides(q)], [array_like(q)],
             grid=(_rows(q), block.programs(q.shape[-1])), aliases={0: 0},
             EDGES=_edges(q), MATCHED=True, **block.launch, **readout,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     return run
 
@@ -138,18 +107,48 @@ def _row_stats_grad_on(ctx: Any) -> Function:
 
 
 def _label_logit_on(ctx: Any) -> Function:
-    capability = _capability(ctx)
+    """Gathered: a GPU reads single elements. By the kernel where logits are bent, whose tanh the
+    others' is.
+    """
 
     def run(q: jax.Array, labels: jax.Array, **readout: Any) -> Any:
+        if not readout:
+            return gathered(q, labels)
         block = dispatch.LABELS
-        (picked,) = _call(
-            ("labels", "label_logit"), capability, q,
+        return _call(
+            ("labels", "label_logit"), _capability(ctx), q,
             [labels, _rows(q), *_sizes(q), *_strides(q)], [vector_like(q)],
             grid=(block.programs(_rows(q)),), **block.launch, **readout,
-        )  # fmt: skip
-        return picked
+        )[0]  # fmt: skip
 
     return run
+
+
+def gathered(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """``q[label]`` of logits that are not bent."""
+    vocab = logits.shape[-1]
+    inside = jnp.clip(labels, 0, vocab - 1)[..., None]
+    picked = jnp.take_along_axis(logits, inside, -1)[..., 0].astype(jnp.float32)
+    return jnp.where(labels < 0, 0.0, jnp.where(labels >= vocab, jnp.nan, picked))
+
+
+def scattered(
+    dlogits: jax.Array,
+    labels: jax.Array,
+    elements: jax.Array,
+    label_logit: jax.Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> jax.Array:
+    """The gradient with the elements at the labels replaced; others are dropped."""
+    elements = reference.through_cap(elements, label_logit, logit_scale, softcap)
+    vocab = dlogits.shape[-1]
+    rows = dlogits.reshape(-1, vocab)
+    column = jnp.where(labels < 0, vocab, labels).reshape(-1)
+    values = elements.astype(dlogits.dtype).reshape(-1)
+    places = rows.at[jnp.arange(len(rows)), column]  # one per row, so that no order is needed
+    return places.set(values, mode="drop", unique_indices=True).reshape(dlogits.shape)
 
 
 def _row_measures_on(ctx: Any) -> Function:
@@ -271,9 +270,30 @@ def _edges(q: jax.Array) -> bool:
     return bool(q.shape[-1] * q.dtype.itemsize % 16)
 
 
-row_stats = operation(reference.row_stats, cuda=_row_stats_on)
-row_grad = operation(reference.row_grad, cuda=_row_grad_on)
-row_stats_grad = operation(reference.row_stats_grad, cuda=_row_stats_grad_on)
-_bent_label_logit = operation(reference.label_logit, cuda=_label_logit_on)
-row_measures = measured.measures_operation(cuda=_row_measures_on)
-row_measures_grad = measured.gradient_operation(cuda=_row_measures_grad_on)
+KERNELS: dict[str, Callable[[Any], Function]] = {
+    "row_stats": _row_stats_on,
+    "row_grad": _row_grad_on,
+    "row_stats_grad": _row_stats_grad_on,
+    "label_logit": _label_logit_on,
+    "set_label": lambda ctx: scattered,
+    "row_measures": _row_measures_on,
+    "row_measures_grad": _row_measures_grad_on,
+}
+
+
+def _lowered(name: str) -> dict[str, Any]:
+    """What an operation becomes: the kernel of that name, on whole rows or on some columns."""
+    return {"over_columns": over_columns(name, _every), "cuda": KERNELS[name]}
+
+
+def _every(ctx: Any) -> dict[str, Function]:
+    return {name: kernel(ctx) for name, kernel in KERNELS.items()}
+
+
+row_stats = operation(reference.row_stats, **_lowered("row_stats"))
+row_grad = operation(reference.row_grad, **_lowered("row_grad"))
+row_stats_grad = operation(reference.row_stats_grad, **_lowered("row_stats_grad"))
+label_logit = operation(reference.label_logit, **_lowered("label_logit"))
+set_label = operation(reference.set_label, **_lowered("set_label"))
+row_measures = measured.measures_operation(**_lowered("row_measures"))
+row_measures_grad = measured.gradient_operation(**_lowered("row_measures_grad"))

@@ -118,6 +118,9 @@ class ParallelArguments(TorchArguments):
         """The checks of all frameworks; a mask is one of the columns that are here."""
         return super().measures(Whole(logits, self.columns), labels, given)
 
+    def check_elements(self, temperature: Any) -> None:
+        """Later: other ranks have other rows, and would wait for one that raises alone."""
+
     def _check_offsets(self, cu_seqlens: Any, labels: Any) -> None:
         whole = labels if labels.ndim != 1 else labels.new_empty(()).expand(self.rows)
         super()._check_offsets(cu_seqlens, whole)

@@ -44,13 +44,19 @@ APART = (  # what ranks may have different, or have compared elsewhere
     "accumulate",
 )  # fmt: skip
 
+TOLD = (  # what is wrong on one rank alone, and what the others say of it
+    (IndexError, "extra_ids", "are outside of the vocabulary; accepted: its columns, ignore_index"),
+    (ValueError, "temperature", "has an element that is not above 0; accepted: numbers above 0"),
+)
+SPARE = 61  # bits of a word; those above say which of them, counted from 1
+
 
 class Seen(NamedTuple):
     """What was read of the rows here."""
 
     statistics: RowStatistics
     columns: int | Tensor  # of the vocabulary
-    wrong: IndexError | None = None  # for what the labels don't show; raised once all ranks know
+    wrong: Exception | None = None  # for what the labels don't show; raised once all ranks know
 
 
 Read = Callable[[Tensor, Reading, Tensor | None], Seen]
@@ -68,6 +74,7 @@ class Part(NamedTuple):
     labels: Tensor
     word: int  # of all options: those that differ in a number as well
     columns: int | None  # of the vocabulary, where the rows are whole
+    wrong: int = 0  # which of TOLD
 
 
 def part_of(
@@ -106,7 +113,8 @@ def part_of(
         collectives.agree(ranks, name, caller, facts, labels.device)
     numbers = [_form(x, float) for name, x in given.items() if name in NUMBERS]
     whole = columns if shards.columns is None else None
-    return Part(caller, shards, labels, collectives.word((facts, numbers)), whole)
+    word = collectives.word((facts, numbers)) % 2**SPARE
+    return Part(caller, shards, labels, word, whole)
 
 
 def _shape(shards: Shards, labels: Tensor) -> tuple[int, ...]:
@@ -154,7 +162,7 @@ def token_measures(call: StatsCall, part: Part, measure: Measure, reading: Readi
         measured, ids, columns = measure(labels, how)
         box.extend(measures.named(call, ids, measured))
         found = RowStatistics(measured.row_max, measured.logsum, measured.picked[..., 0], None)
-        return Seen(found, columns, _wrong_id(call, ids, columns))
+        return Seen(found, columns, _wrong(call, ids, columns))
 
     whole_call, rows, (row_max, logsum, label_logit, _) = _whole(
         call, part, read, reading, True, False
@@ -167,11 +175,18 @@ def token_measures(call: StatsCall, part: Part, measure: Measure, reading: Readi
     return found._replace(entropy=mine.entropy if grad else mine.entropy.detach(), **more)
 
 
-def _wrong_id(call: StatsCall, ids: Tensor, columns: int | Tensor) -> IndexError | None:
-    extra = call.measures.extra_ids
-    if extra is None or extra.device.type != "cpu":
-        return None
-    return measures.wrong_id(ids, extra, int(columns), call.sequence.ignore_index)
+def _wrong(call: StatsCall, ids: Tensor, columns: int | Tensor) -> Exception | None:
+    """The error for what is wrong with the extra ids or temperatures of the rows here."""
+    extra, heat = call.measures.extra_ids, call.measures.temperature
+    found: Exception | None = None
+    if extra is not None and extra.device.type == "cpu":
+        found = measures.wrong_id(ids, extra, int(columns), call.sequence.ignore_index)
+    if found is None and isinstance(heat, Tensor):
+        try:
+            arguments.check_elements(heat)
+        except ValueError as error:
+            return error
+    return found
 
 
 def _own_fields(part: Part, whole: TokenStats) -> TokenStats:
@@ -202,7 +217,8 @@ def _whole(
         mine = algebra.align(xp, labels.long(), bound, sequence).labels
     found, columns, wrong = read(mine, reading, wanted)
     if wrong is not None:
-        part = part._replace(word=-part.word)
+        errors = [error for error, *_ in TOLD]
+        part = part._replace(wrong=1 + errors.index(type(wrong)))
     arrays = [x for x in found if x is not None]
     if early:
         arrays = _gather(part, arrays, own_losses, agreed)
@@ -261,13 +277,13 @@ def _gather(
     On a device ``agreed`` gets whether the ranks called alike and their order is one.
     """
     ndim = part.labels.ndim
-    told = ""
+    told, whose = part.wrong, ""
     for cut in part.shards.cuts:
         axes = [_axis(cut, x, ndim) for x in arrays]
         cut_ones = [i for i, axis in enumerate(axes) if axis is not None]
         words, order, *whole = Gather.apply(  # type: ignore[no-untyped-call]
             cut,
-            -abs(part.word) if told else part.word,
+            part.word + (told << SPARE),
             own_losses,
             tuple(axes[i] for i in cut_ones),
             *(arrays[i] for i in cut_ones),
@@ -280,20 +296,19 @@ def _gather(
             if cut.order is not None:
                 agreed.append(is_order(order))
             continue
-        refuse_other_options(words.abs(), cut.name, part.caller)
-        if (words < 0).any():
-            told = cut.name
+        refuse_other_options(words % 2**SPARE, cut.name, part.caller)
+        theirs = int(words.max()) >> SPARE
+        if theirs > told:
+            told, whose = theirs, cut.name
         if cut.order is not None and not is_order(order):
             raise ValueError(
                 f"{part.caller}: the sequence_order of all ranks of {cut.name} is no order of "
                 f"{order.shape[-1]} rows; accepted: every index from 0 to {order.shape[-1] - 1}, "
                 "each once"
             )
-    if told and part.word > 0:
-        raise IndexError(
-            f"{part.caller}: extra_ids of another rank of {told} are outside of the vocabulary; "
-            "accepted: its columns, and ignore_index"
-        )
+    if told and not part.wrong:
+        error, name, what = TOLD[told - 1]
+        raise error(f"{part.caller}: {name} of another rank of {whose} {what}")
     return arrays
 
 

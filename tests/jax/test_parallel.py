@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cases, naive
+from .. import cases, layer_cases, naive
 from . import parallel_measures
 from .parallel_promises import B, T, V, check_devices, check_refused, mesh
 
@@ -277,7 +277,7 @@ def check_dense(name: str, seed: int) -> None:
 
 
 def check_linear(name: str, seed: int) -> None:
-    """By norm, as tests/jax/test_linear.py: float32 rounds the logits."""
+    """As tests/jax/test_linear.py."""
     form = LINEAR[name]
     case, g = batch(form, seed, linear=True), torch.Generator().manual_seed(seed)
 
@@ -294,12 +294,11 @@ def check_linear(name: str, seed: int) -> None:
     q = leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", 0.0)
     expected, _ = naive.loss(form.loss, q, case.labels, **{**case.options, **heads})
     (expected * case.upstream).sum().backward()
-    limit = 1e-4
-    torch.testing.assert_close(value.double(), expected.detach(), atol=limit, rtol=limit)
+    within, bounds = layer_cases.allowed(case, layer)
+    layer_cases.assert_within("the loss", value, expected, within)
     for n, x in (leaves | heads).items():
         wanted = torch.zeros_like(x) if x.grad is None else x.grad
-        error = (out[n].double() - wanted).norm()
-        assert error <= limit * (1 + wanted.norm()), (n, error, wanted.norm())
+        layer_cases.assert_within(n, out[n], wanted, bounds[n])
 
 
 def check_stats(linear: bool) -> None:

@@ -1,7 +1,6 @@
 """Losses of logits cut among processes, against float64 losses and gradients of the whole."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from ..cases import (
     magnitude,
     slack,
 )
+from ..layer_cases import allowed, assert_within
 from .ranks import Ranks
 from .split import (
     Split,
@@ -133,12 +133,10 @@ def test_linear(ranks: Ranks, data: Any) -> None:
     q = q + whole["bias"] if "bias" in layer else q
     expected = naive.loss(case.name, q, case.labels, **case.options)[0]
     ((expected * above).sum() + 0 * q.sum()).backward()
-    close = partial(torch.testing.assert_close, rtol=1e-4)
-    # logits are sums of 6 products and rounded; squares of them and weights of up to 5 follow
-    size = 1 + q.detach().abs().max().item() ** 2
-    scale = 1e-5 * size * (1 + above.abs().max().item())
-    close(loss.double(), expected.detach().double(), atol=scale)
-    close(of_rows(split, answers, "hidden", 1).double(), whole["hidden"].grad, atol=10 * scale)
+    within, bounds = allowed(case, layer)
+    assert_within("the loss", loss, expected, within)
+    hidden = of_rows(split, answers, "hidden", 1)
+    assert_within("hidden", hidden, whole["hidden"].grad, bounds["hidden"])
     columns, shards = split.layout
     for name in ("weight", "bias"):
         if name not in layer:
@@ -149,7 +147,7 @@ def test_linear(ranks: Ranks, data: Any) -> None:
         ]
         found = torch.cat(parts)
         assert not found[vocab:].any()
-        close(found[:vocab].double(), whole[name].grad, atol=10 * scale)
+        assert_within(name, found[:vocab], whole[name].grad, bounds[name])
 
 
 N = None
@@ -329,7 +327,7 @@ def test_measures_in_float64(ranks: Ranks) -> None:
 
 
 def test_what_a_rank_gives_alone(ranks: Ranks) -> None:
-    """Ids that are none are told to all; other numbers of them, and other masks, are refused."""
+    """Ids and temperatures that are none are told to all; other forms of them are refused."""
 
     def errors(split: Split, changed: dict[str, Any], **options: Any) -> list[str]:
         sent = jobs("token_stats", asked(**options), split, NONE)
@@ -343,6 +341,14 @@ def test_what_a_rank_gives_alone(ranks: Ranks) -> None:
     first, second = errors(ROWS, {"extra_ids": bad[:, : T // 2]})
     assert first.startswith("IndexError: token_stats: extra_ids of another rank of sequence_group")
     assert second.startswith("IndexError: extra_ids[0, 0, 0] is 24; accepted: 0 to 23")
+    heat = ALL["temperature"].clone()
+    heat[1, 6] = -0.5
+    for split in (VOCAB, ROWS, BOTH):
+        for i, error in enumerate(errors(split, {}, temperature=heat)):
+            theirs = "token_stats: temperature of another rank of sequence_group has an element"
+            here = split is VOCAB or i // split.layout[0] == 1  # the second half of the rows
+            mine = "temperature has the element -0.5; accepted: numbers above 0"
+            assert error.startswith("ValueError: " + (mine if here else theirs)), error
     for error in errors(VOCAB, {"extra_ids": IDS[..., :1]}, eos_token_id=[3, 4]):
         assert "the ranks of vocab_group differ in the number of extra_ids" in error
     for error in errors(VOCAB, {"extras": ("top1",)}, eos_token_id=[3, 4]):
