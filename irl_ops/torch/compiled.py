@@ -27,6 +27,7 @@ from irl_ops.call import Call
 from irl_ops.readout import Readout
 from irl_ops.torch import native, native_loss, pool
 from irl_ops.torch.arguments import arguments
+from irl_ops.torch.private import within_transform
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -42,6 +43,8 @@ def serves(call: Call, logits: Tensor, labels: Tensor, backend: str) -> bool:
     An exported program is for other machines, and keeps the operators that all backends have.
     """
     if backend != "native" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    if within_transform():  # such as vmap, which copies what an operator returns
         return False
     arrays = (logits, labels, *arrays_of(call))
     return all(x is None or type(x) in PLAIN for x in arrays)
@@ -273,10 +276,9 @@ def claim(
     issued = _issued.get(int(ticket))
     if issued is None:
         raise RuntimeError(
-            "irl_ops: the gradient of this compiled loss is gone, since the tensor that a compiled "
-            "program keeps for it was copied and freed, as hooks on saved tensors may do "
-            "(torch.autograd.graph.save_on_cpu); accepted: such hooks without torch.compile, or "
-            "backend='reference'"
+            "irl_ops: the gradient of this compiled loss is gone: the tensor that the compiled "
+            "program saved for it was copied and freed, as hooks on saved tensors may do; accepted: "
+            "hooks that keep what they are given, or a loss outside of the compiled program"
         )
     gradient: Tensor | None = vars(issued).pop("gradient", None)  # one thread alone gets it
     if gradient is None:

@@ -1,0 +1,295 @@
+"""The two operators of a compiled loss on a CPU: their numbers, and the life of the gradient."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import irl_ops.torch as irl
+from irl_ops.torch import compiled, forward, pool
+
+from .. import naive
+from ..cases import Case, cases, check
+
+V = 33
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    assert not compiled._issued  # whatever a test did, no gradient is kept
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(shape or (2, 5, V), generator=generator).to(dtype)
+    labels = torch.randint(V, logits.shape[:-1], generator=generator)
+    return logits.requires_grad_(), labels
+
+
+def naive_gradient(function: Callable[..., Tensor], leaf: Tensor) -> Tensor:
+    """Of a loss written with ``naive.loss``."""
+    leaf = leaf.detach().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf), leaf)
+    return gradient
+
+
+def naive_loss(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return naive.loss("iqlearn_loss", logits, labels, **options)[0]
+
+
+def assert_gradient(actual: Tensor, expected: Tensor) -> None:
+    # elements of 0 to 10, each computed in float32 from a few sums of 33 terms and rounded
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-19, atol=2**-19)
+
+
+def compile_loss(labels: Tensor, compiler: str = "aot_eager", **options: Any) -> Any:
+    """Of twice the logits, which the program computes itself."""
+    return torch.compile(
+        lambda logits: irl.iqlearn_loss(2 * logits, labels, **options),
+        fullgraph=True,
+        backend=compiler,
+    )
+
+
+@given(case=cases(garbage=False))
+@settings(max_examples=100)
+def test_operators_have_the_numbers_of_the_naive_losses(case: Case) -> None:
+    """Called as a compiler calls them, but without one: every option arrives where it belongs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "is_plain", lambda x: False)
+        patch.setattr(compiled, "serves", lambda call, logits, labels, backend: True)
+        check(partial(getattr(irl, case.name), backend="native"), case)
+        with torch.no_grad():
+            function = partial(getattr(irl, case.name), case.logits, case.labels, **case.options)
+            loss, metrics = function(return_metrics=True, backend="native")
+    expected, batch = naive.loss(case.name, case.logits.double(), case.labels, **case.options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=1e-2)  # checked above
+    labelled = sum(row.label is not None for sequence in batch for row in sequence)
+    assert metrics["tokens"] == labelled
+    assert all(x.shape == () and not x.requires_grad for x in metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_lies_in_memory_of_the_pool(dtype: torch.dtype) -> None:
+    """A step writes where the last one's gradient lay, and without a gradient nothing is taken."""
+    before = pool.limit()
+    pool.set_limit(2**24)
+    pool.release()
+    try:
+        labels = torch.zeros(1, 32, dtype=torch.int64)
+        leaf = torch.zeros(1, 32, 2**15, dtype=dtype, requires_grad=True)
+        loss = torch.compile(
+            lambda q: irl.iqlearn_loss(q, labels), fullgraph=True, backend="aot_eager"
+        )
+        loss(leaf).backward()
+        assert leaf.grad is not None
+        address, idle = leaf.grad.data_ptr(), leaf.grad.nbytes
+        leaf.grad = None
+        assert pool.idle() == idle
+        kept = loss(leaf)
+        assert pool.idle() == 0  # it is written with the loss
+        kept.backward()
+        assert leaf.grad.data_ptr() == address
+        leaf.grad = None
+        kept = loss(leaf)
+        del kept
+        gc.collect()
+        assert pool.idle() == idle  # no backward pass: it went with the loss
+        with torch.no_grad():
+            kept = loss(leaf)
+        assert pool.idle() == idle
+    finally:
+        pool.set_limit(before)
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "[T, B, V]": ((5, 2, V), lambda x: x.transpose(0, 1)),
+    "expanded": ((1, 5, V), lambda x: x.expand(2, 5, V)),
+    "padded": ((2, 6, V + 2), lambda x: x[:, 1:, 2:]),
+    "[V, T]": ((2, V, 5), lambda x: x.mT),
+}
+
+
+def test_layouts() -> None:
+    _, labels = batch()
+    for shape, view in LAYOUTS.values():
+        leaf, _ = batch(*shape)
+        loss = torch.compile(
+            lambda x, view=view: irl.iqlearn_loss(view(x), labels.T.contiguous().T),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        loss(leaf).backward()
+        assert leaf.grad is not None
+        assert_gradient(leaf.grad, naive_gradient(lambda x: naive_loss(view(x), labels), leaf))
+
+
+def test_equal_losses_have_a_gradient_each() -> None:
+    """A compiler merges operators whose arguments are equal."""
+    leaf, labels = batch()
+    loss = torch.compile(
+        lambda q: irl.iqlearn_loss(q, labels) + 3 * irl.iqlearn_loss(q, labels),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    assert_gradient(leaf.grad, naive_gradient(lambda x: 4 * naive_loss(x, labels), leaf))
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_checkpointing_computes_the_loss_again(where: str) -> None:
+    leaf, labels = batch()
+    weight = torch.eye(V) / 2
+
+    def head(x: Tensor) -> Tensor:
+        return irl.iqlearn_loss(x @ weight, labels)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(head, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    if where == "inside":
+        loss = torch.compile(run, fullgraph=True, backend="aot_eager")(leaf)
+    else:
+        program = torch.compile(head, fullgraph=True, backend="aot_eager")
+        loss = checkpoint(program, leaf, use_reentrant=False)
+    loss.backward()
+    assert leaf.grad is not None
+    assert_gradient(leaf.grad, naive_gradient(lambda x: naive_loss(x / 2, labels), leaf))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_second_backward_pass_raises(compiler: str) -> None:
+    leaf, labels = batch()
+    loss = compile_loss(labels, compiler)(leaf)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran a second time through the same loss"):
+        loss.backward()
+
+
+def test_backward_passes_of_many_threads_and_in_any_order() -> None:
+    _, labels = batch()
+    program = compile_loss(labels)
+    leaves = [torch.randn(2, 5, V, requires_grad=True) for _ in range(4)]
+    losses = [program(leaf) for leaf in leaves]
+    threads = [threading.Thread(target=loss.backward) for loss in reversed(losses)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert_gradient(leaf.grad, naive_gradient(lambda x: naive_loss(2 * x, labels), leaf))
+
+
+def test_a_copied_ticket_claims_the_same_gradient_or_nothing() -> None:
+    claim = partial(
+        compiled.claim, above=torch.tensor(2.0), sizes=[3], strides=[1], dtype=torch.float32
+    )
+    first, second = (compiled.issue(torch.ones(3)) for _ in range(2))
+    copy, other = first.clone(), second.clone()
+    assert claim(copy).tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(RuntimeError, match="second time"):
+        claim(first)
+    first.fill_(second.item())  # as a compiler may do with memory that it is done with
+    del first
+    assert claim(other).tolist() == [2.0, 2.0, 2.0]
+    del second
+    third = compiled.issue(torch.ones(3))
+    with pytest.raises(RuntimeError, match="gradient of this compiled loss is gone"):
+        claim(other)
+    assert claim(third).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_hooks_that_copy_what_is_saved() -> None:
+    leaf, labels = batch()
+    program = compile_loss(labels)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        loss = program(leaf)
+    with pytest.raises(RuntimeError, match="hooks on saved tensors"):
+        loss.backward()
+
+
+def test_values_without_logits_and_the_other_way_round() -> None:
+    leaf, labels = batch()
+    values = torch.linspace(-1, 1, 10).reshape(2, 5).bfloat16()
+    program = torch.compile(
+        lambda q, v: irl.iqlearn_loss(q, labels, values=v), fullgraph=True, backend="aot_eager"
+    )
+    for with_logits, with_values in ((True, False), (False, True), (True, True)):
+        q = leaf.detach().requires_grad_(with_logits)
+        v = values.clone().requires_grad_(with_values)
+        program(q, v).backward()
+        x, y = q.detach().double().requires_grad_(), v.detach().double().requires_grad_()
+        dq, dv = torch.autograd.grad(naive_loss(x, labels, values=y), (x, y))
+        if with_logits:
+            assert q.grad is not None
+            assert_gradient(q.grad, dq)
+        if with_values:
+            assert v.grad is not None and v.grad.dtype == torch.bfloat16
+            # rounded to the dtype of the values
+            torch.testing.assert_close(v.grad.double(), dv, rtol=2**-8, atol=2**-19)
+    assert not values.requires_grad
+
+
+def test_under_autocast() -> None:
+    _, labels = batch()
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(8, V, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return irl.iqlearn_loss(hidden @ weight, labels)
+
+    loss(hidden, weight).backward()
+    rounded = hidden.bfloat16().double()
+    expected = naive_gradient(lambda w: naive_loss(rounded @ w, labels), weight.bfloat16())
+    assert weight.grad is not None
+    # logits, gradient and product are rounded to bfloat16: a few units of 2^-9 of what is summed
+    bound = 2**-6 * expected.abs().max().item()
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=2**-6, atol=bound)
+
+
+def test_offsets_are_checked_when_the_program_runs() -> None:
+    leaf, labels = batch(10, V)
+    program = torch.compile(
+        lambda q, offsets: irl.iqlearn_loss(q, labels, cu_seqlens=offsets),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    program(leaf, torch.tensor([0, 4, 10]))
+    with pytest.raises(ValueError, match=r"cu_seqlens\[2\] is 12"):
+        program(leaf, torch.tensor([0, 4, 12]))
+
+
+def test_programs_that_keep_the_operators_of_all_backends() -> None:
+    """vmap copies what an operator returns, and exported programs are for other machines."""
+    leaf, labels = batch(3, 2, 5, V)
+    mapped = torch.compile(
+        lambda q: torch.vmap(irl.iqlearn_loss)(q, labels).sum(), fullgraph=True, backend="aot_eager"
+    )
+    mapped(leaf).backward()
+    assert leaf.grad is not None
+    expected = naive_gradient(lambda x: sum(map(naive_loss, x, labels)), leaf)
+    assert_gradient(leaf.grad, expected)
+
+    class Model(torch.nn.Module):
+        def forward(self, logits: Tensor, labels: Tensor) -> Any:
+            return irl.iqlearn_loss(logits, labels)
+
+    program = torch.export.export(Model(), (leaf.detach(), labels))
+    names = [str(node.target) for node in program.graph.nodes if "irl_ops" in str(node.target)]
+    assert names == ["irl_ops.check_labels.default", "irl_ops.row_stats.default"]
