@@ -277,8 +277,8 @@ def claim(
     if issued is None:
         raise RuntimeError(
             "irl_ops: the gradient of this compiled loss is gone: the tensor that the compiled "
-            "program saved for it was copied and freed, as hooks on saved tensors may do; accepted: "
-            "hooks that keep what they are given, or a loss outside of the compiled program"
+            "program saved for it was copied and freed, as hooks on saved tensors may do; "
+            "accepted: hooks that keep what they are given, or a loss outside of the program"
         )
     gradient: Tensor | None = vars(issued).pop("gradient", None)  # one thread alone gets it
     if gradient is None:
