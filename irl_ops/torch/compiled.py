@@ -72,7 +72,7 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor, gradient: bool) -> Loss:
     numbers = numbers_of(call)
     ends, sequence = call.sequence.eos_token_id, call.sequence
     # numbers that change from step to step are symbols, which a compiler follows into tensors alone
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     total, means, *_ = loss(
         logits,
         labels,
@@ -88,12 +88,11 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor, gradient: bool) -> Loss:
         call.weighting.reduction,
         len(names),
         gradient,
-        torch.empty(0),
+        torch.empty(0, device="cpu"),
     )
     if not call.metrics:
         return total
-    found = means.detach().clone().unbind()
-    return total, dict(zip(names, found, strict=True))
+    return total, dict(zip(names, means.detach().unbind(), strict=True))
 
 
 def numbers_of(call: Call) -> dict[str, Any]:
@@ -193,32 +192,33 @@ def loss(
     means = outcome.metrics
     return (
         outcome.loss,
-        torch.empty(0) if means is None else torch.stack([*means.values()]),
-        torch.empty(0) if outcome.dvalues is None else outcome.dvalues,
-        torch.empty(0) if outcome.dnext_values is None else outcome.dnext_values,
-        torch.empty(0, dtype=torch.int64) if dlogits is None else issue(dlogits),
+        _room(labels, 0) if means is None else torch.stack([*means.values()]),
+        _room(labels, 0) if outcome.dvalues is None else outcome.dvalues,
+        _room(labels, 0) if outcome.dnext_values is None else outcome.dnext_values,
+        labels.new_empty(0, dtype=torch.int64) if dlogits is None else issue(dlogits),
     )
 
 
 @loss.register_fake
 def _(logits, labels, values, next_values, *others):  # type: ignore[no-untyped-def]
     reduction, metrics, gradient, _ = others[-4:]
-
-    def rows(there: bool) -> Tensor:
-        return torch.empty(labels.shape if there else 0)
-
+    by_row = labels.shape
     return (
-        torch.empty(labels.shape if reduction == "none" else ()),
-        torch.empty(metrics),
-        rows(gradient and values is not None),
-        rows(gradient and next_values is not None),
-        torch.empty(int(gradient), dtype=torch.int64),
+        _room(labels, by_row if reduction == "none" else ()),
+        _room(labels, metrics),
+        _room(labels, by_row if gradient and values is not None else 0),
+        _room(labels, by_row if gradient and next_values is not None else 0),
+        labels.new_empty(int(gradient), dtype=torch.int64),
     )
 
 
+def _room(labels: Tensor, shape: Any) -> Tensor:
+    return labels.new_empty(shape, dtype=torch.float32)
+
+
 def _save_ticket(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, _, values, next_values, *ctx.others = inputs
-    ctx.others = len(ctx.others)
+    logits, _, values, next_values, *others = inputs
+    ctx.others = len(others)
     ctx.layout = logits.shape, logits.stride(), logits.dtype
     ctx.has = values is not None, next_values is not None
     ctx.save_for_backward(*output[2:])

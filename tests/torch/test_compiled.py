@@ -73,6 +73,30 @@ def test_operators_have_the_numbers_of_the_naive_losses(case: Case) -> None:
     assert all(x.shape == () and not x.requires_grad for x in metrics.values())
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_schema_shapes_and_registration(gradient: bool) -> None:
+    """torch.library.opcheck, on strided logits. A ticket is another integer at each call, and good for one ``claim``.
+
+    So programs cannot be compared by what they return, and ``claim`` cannot be called again.
+    """
+    logits = torch.randn(3, 2, V + 3, dtype=torch.bfloat16).movedim(0, 1)[..., 1:-2]
+    logits.requires_grad_(gradient)
+    labels, expert = torch.tensor([[1, -1, 3], [4, 5, V - 1]]), torch.tensor([True, False])
+    values = torch.rand(2, 3, requires_grad=gradient)
+    numbers = torch.tensor([1.0, 0.1, 0.2, 0.9, 5.0, 4.0], dtype=torch.float64)
+    names = "mle td agent_td gamma expert_items agent_items"
+    arrays = (values, None, expert, *[None] * 6)
+    options = (-1, False, [0, 3], "bootstrap", False, 0.5, 3.0, "mean", 6, gradient, torch.empty(0))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    tests += [] if gradient else ["test_aot_dispatch_dynamic"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        arguments = (logits, labels, *arrays, numbers, names, *options)
+        torch.library.opcheck(compiled.loss, arguments, test_utils=tests)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_gradient_lies_in_memory_of_the_pool() -> None:
     """A step writes where the last one's gradient lay, and without a gradient nothing is taken."""
     before = pool.limit()
