@@ -75,9 +75,10 @@ def test_operators_have_the_numbers_of_the_naive_losses(case: Case) -> None:
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_schema_shapes_and_registration(gradient: bool) -> None:
-    """torch.library.opcheck, on strided logits. A ticket is another integer at each call, and good for one ``claim``.
+    """torch.library.opcheck, on strided logits.
 
-    So programs cannot be compared by what they return, and ``claim`` cannot be called again.
+    Of a call with a gradient, programs cannot be compared by what they return, since a ticket is
+    another integer every time. It is good for one ``claim``, which cannot be checked so at all.
     """
     logits = torch.randn(3, 2, V + 3, dtype=torch.bfloat16).movedim(0, 1)[..., 1:-2]
     logits.requires_grad_(gradient)
