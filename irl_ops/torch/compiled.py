@@ -73,7 +73,7 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor, gradient: bool) -> Loss:
     ends, sequence = call.sequence.eos_token_id, call.sequence
     # numbers that change from step to step are symbols, which a compiler follows into tensors alone
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    total, means, *_ = loss(
+    results: tuple[Tensor, ...] = loss(
         logits,
         labels,
         *arrays_of(call),
@@ -90,6 +90,7 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor, gradient: bool) -> Loss:
         gradient,
         torch.empty(0, device="cpu"),
     )
+    total, means, *_ = results
     if not call.metrics:
         return total
     return total, dict(zip(names, means.detach().unbind(), strict=True))
@@ -280,7 +281,7 @@ def claim(
             "program saved for it was copied and freed, as hooks on saved tensors may do; "
             "accepted: hooks that keep what they are given, or a loss outside of the program"
         )
-    gradient: Tensor | None = vars(issued).pop("gradient", None)  # one thread alone gets it
+    gradient: Tensor | None = issued.__dict__.pop("gradient", None)  # one thread alone gets it
     if gradient is None:
         refuse_second_pass()
     native.scale_(gradient, above)
