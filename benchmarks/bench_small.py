@@ -1,7 +1,7 @@
 """Fixed costs: small logits, whose arithmetic takes no longer than the way to it.
 
-Eager calls on 4 x 128 rows over 64 columns, beside F.cross_entropy's. One time is that of a hundred
-calls, so that a table's milliseconds are tens of microseconds per call.
+Calls on 4 x 128 rows over 64 columns, all but one of them eager, beside F.cross_entropy's. One time
+is that of a hundred calls, so that a table's milliseconds are tens of microseconds per call.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "IQLearn": lambda q, a: irl.iqlearn_loss(q, a),
     "IQLearn, metrics": lambda q, a: irl.iqlearn_loss(q, a, return_metrics=True)[0],
+    "IQLearn, compiled": torch.compile(lambda q, a: irl.iqlearn_loss(q, a), fullgraph=True),
     "MLE": lambda q, a: irl.mle_loss(q, a),
     "cross_entropy, none": lambda q, a: cross_entropy(q, a, "none").sum(),
     "IQLearn, none": lambda q, a: irl.iqlearn_loss(q, a, reduction="none").sum(),
@@ -65,7 +66,7 @@ def test_small(what, benchmark, report, threads, pytestconfig) -> None:
     contest = Contest([what(name, loss, logits, labels) for name, loss in LOSSES.items()])
     rounds = 10 * pytestconfig.getoption("--rounds")
     benchmark.pedantic(contest, rounds=rounds + contest.warmup, iterations=1)
-    results = contest.results(["cross_entropy"])
+    results = contest.results(["cross_entropy", "IQLearn"])
     benchmark.extra_info.update({r.name: r.ratios for r in results})
     shape = " x ".join(map(str, SHAPE))
     title = f"{CALLS} calls, {what.__name__}, float32 {shape}, {threads} threads, {rounds} rounds"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from irl_ops.call import Call
-from irl_ops.torch import traced
+from irl_ops.torch import compiled, traced
 from irl_ops.torch.arguments import arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.gradients import AtOnce, Later, asks_for_gradient
@@ -34,15 +34,17 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
         arguments.check_inplace(logits)
     given = logits
     logits = contiguous_rows(logits)
+    single = call.weighting.reduction != "none" and logits.requires_grad
+    at_once = single and logits.dtype not in (torch.float16, torch.float64)
     if not is_plain(logits, labels):
+        if (at_once or not differentiable) and compiled.serves(call, logits, labels, backend):
+            return compiled.loss_of(call, logits, labels, differentiable)
         return traced.loss_of(call, logits, labels, backend)
     box: list[Any] = []
     if not differentiable:
         outcome = loss_by(backend)(call, logits, labels, None, None)
         loss, metrics = outcome.loss, outcome.metrics
     else:
-        single = call.weighting.reduction != "none" and logits.requires_grad
-        at_once = single and logits.dtype not in (torch.float16, torch.float64)
         function = AtOnce if at_once else Later
         loss = function.apply(  # type: ignore[no-untyped-call]
             logits, heads.values, heads.next_values, labels, call, backend, inplace, box

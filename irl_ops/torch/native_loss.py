@@ -56,7 +56,8 @@ def loss(
     return Outcome(loss, dvalues, dnext_values, metrics)
 
 
-def _metrics(terms: Terms, means: list[float]) -> dict[str, Tensor]:
+def metric_names(terms: Terms) -> tuple[str, ...]:
+    """The metrics that a loss has, in their order."""
     absent = set()
     if terms.entropy_coef is None:
         absent.add("entropy")
@@ -64,5 +65,10 @@ def _metrics(terms: Terms, means: list[float]) -> dict[str, Tensor]:
         absent |= {"td", "reward"}
     if terms.z_loss is None:
         absent.add("z")
-    named = zip(METRICS, torch.tensor(means, dtype=torch.float32).unbind(), strict=True)
-    return {name: mean for name, mean in named if name not in absent}
+    return tuple(name for name in METRICS if name not in absent)
+
+
+def _metrics(terms: Terms, means: list[float]) -> dict[str, Tensor]:
+    found = zip(METRICS, torch.tensor(means, dtype=torch.float32).unbind(), strict=True)
+    named = dict(found)
+    return {name: named[name] for name in metric_names(terms)}

@@ -9,6 +9,7 @@ import torch
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _is_tracked: Any = getattr(_functorch, "is_gradtrackingtensor", None)
 _is_wrapped: Any = getattr(_functorch, "is_functorch_wrapped_tensor", None)
+_transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 
 
 def differentiated_by_func(x: torch.Tensor) -> bool:
@@ -25,3 +26,11 @@ def is_wrapped(x: torch.Tensor) -> bool:
     Where torch cannot tell, nothing is taken for wrapped, and reading the memory of what is raises.
     """
     return False if _is_wrapped is None else bool(_is_wrapped(x))
+
+
+def within_transform() -> bool:
+    """Whether a transform of torch.func is at work here, in compiled programs too.
+
+    Where torch cannot tell, an operator without a rule for it raises.
+    """
+    return False if _transforms_active is None else bool(_transforms_active())

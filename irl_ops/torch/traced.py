@@ -2,7 +2,8 @@
 
 ``row_stats`` reads the logits once in the forward pass; ``row_grad`` reads them again and writes
 the gradient, once, in the backward pass. Neither writes into a tensor that is there already: a
-compiler would copy it first. So ``inplace=True`` changes nothing here.
+compiler would copy it first. So ``inplace=True`` changes nothing here. ``irl_ops.torch.compiled``
+takes one pass for what it serves.
 """
 
 from __future__ import annotations
