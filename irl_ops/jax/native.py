@@ -137,7 +137,7 @@ def _running_api() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
-RUN = {
+RUN: dict[str, Any] = {
     "row_stats": _run_row_stats,
     "row_grad": _run_row_grad,
     "row_stats_grad": _run_row_stats_grad,

@@ -217,7 +217,7 @@ def _whole(
         mine = algebra.align(xp, labels.long(), bound, sequence).labels
     found, columns, wrong = read(mine, reading, wanted)
     if wrong is not None:
-        errors = [error for error, *_ in TOLD]
+        errors: list[type] = [error for error, *_ in TOLD]
         part = part._replace(wrong=1 + errors.index(type(wrong)))
     arrays = [x for x in found if x is not None]
     if early:

@@ -84,8 +84,10 @@ def lowered(programs: str, vocab: int, **environment: str) -> subprocess.Complet
 
 
 @needs_plugin
-@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
-@pytest.mark.parametrize("vocab", [50257, 151936])  # with edges, and without
+@pytest.mark.parametrize(
+    ("capability", "vocab"),  # with edges, and without
+    [("8.0", 50257), ("9.0", 50257), ("9.0", 151936), ("10.0", 151936)],
+)
 def test_programs_hold_the_kernels(capability, vocab):
     done = lowered(PROGRAMS, vocab, IRL_OPS_COMPUTE_CAPABILITY=capability)
     # under a soft cap a kernel reads the labels' logits

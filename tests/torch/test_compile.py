@@ -69,10 +69,14 @@ def assert_same(actual: list, expected: list) -> None:
         torch.testing.assert_close(x, y, rtol=rounding, atol=2**-20)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("compiler", "name"),  # aot_eager captures what eager does, and goes on from there
-    [*(("aot_eager", name) for name in OPTIONS), ("eager", "default"), ("eager", "heads")],
+    ("backend", "compiler", "name"),  # aot_eager captures what eager does, and goes on from there
+    [
+        *((backend, "aot_eager", name) for backend in ("native", "reference") for name in OPTIONS),
+        *((backend, "aot_eager", "default") for backend in BACKENDS[2:]),  # as "reference"
+        ("native", "eager", "heads"),
+        ("reference", "eager", "heads"),
+    ],
 )
 def test_one_graph(backend: str, compiler: str, name: str) -> None:
     logits, labels = batch()
@@ -105,8 +109,10 @@ def test_low_precision(dtype: torch.dtype, compiler: str) -> None:
     assert_same(step(compiled, logits, labels), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [("native", "inductor"), *((backend, "aot_eager") for backend in BACKENDS)],
+)
 def test_inplace(backend: str, compiler: str) -> None:
     logits, labels = batch()
     options = dict(entropy_coef=0.1, backend=backend, gamma=0.9)
@@ -249,8 +255,9 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("contiguous", torch.bfloat16), ("strided", torch.float32)]
+)
 def test_operators(backend: str, layout: str, dtype: torch.dtype) -> None:
     """torch.library.opcheck: schema, fake tensors, autograd registration, AOT dispatch."""
     logits = LAYOUTS[layout]().to(dtype)

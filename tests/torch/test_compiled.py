@@ -60,7 +60,7 @@ def assert_gradient(actual: Tensor, expected: Tensor) -> None:
 def test_operators_have_the_numbers_of_the_naive_losses(case: Case) -> None:
     """Called as a compiler calls them, but without one: every option arrives where it belongs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "is_plain", lambda x: False)
+        patch.setattr(forward, "is_plain", lambda *_: False)
         patch.setattr(compiled, "serves", lambda call, logits, labels, backend: True)
         check(partial(getattr(irl, case.name), backend="native"), case)
         with torch.no_grad():
