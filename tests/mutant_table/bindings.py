@@ -42,8 +42,8 @@ MUTANTS = [
     ),
     binding(
         "a whole call takes labels that do not lie row by row",
-        "if x.dtype != dtype or not x.is_contiguous():",
-        "if x.dtype != dtype:",
+        "if x.dtype is dtype and x.is_contiguous():",
+        "if x.dtype is dtype:",
         "transposed labels",
     ),
     binding(
