@@ -2,6 +2,7 @@
 
 from .mutant import BINDINGS, CASES, LAUNCHES, TRANSPOSED, Mutant, binding
 
+COMPILED = "tests/torch/test_compiled.py::"
 REMEMBERED = "tests/torch/test_remembered_options.py::"
 
 MUTANTS = [
@@ -76,6 +77,27 @@ MUTANTS = [
         "pointer<const float>(c), pointer<void>(dlogits), layout, readout);",
         "pointer<const float>(b), pointer<void>(dlogits), layout, readout);",
         "tests/kernels/test_native.py::TestNative::test_random_batches",
+    ),
+    Mutant(
+        "compiled: a gradient may be claimed twice",
+        ("irl_ops/torch/compiled.py",),
+        'issued.__dict__.pop("gradient", None)',
+        'issued.__dict__.get("gradient")',
+        f"{COMPILED}test_each_gradient_is_handed_over_once",
+    ),
+    Mutant(
+        "compiled: equal losses are one",
+        ("irl_ops/torch/compiled.py",),
+        'torch.empty(0, device="cpu"),',
+        "logits.detach()[:0],",
+        f"{COMPILED}test_equal_losses_have_a_gradient_each",
+    ),
+    Mutant(
+        "compiled: values are the next ones",
+        ("irl_ops/torch/compiled.py",),
+        "call.heads.values,\n        call.heads.next_values,",
+        "call.heads.next_values,\n        call.heads.values,",
+        f"{COMPILED}test_operators_have_the_numbers_of_the_naive_losses",
     ),
     Mutant(
         "options: True stands for a 1 that was read before",
