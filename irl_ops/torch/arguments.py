@@ -12,6 +12,9 @@ from irl_ops.algebra import Heads, Sequence
 from irl_ops.arguments import Arguments
 from irl_ops.torch.private import differentiated_by_func, is_wrapped
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors whose memory may be read and written; a subclass decides for itself."""
+
 
 class TorchArguments(Arguments):
     """The checks for tensors, which have devices, may require a gradient, and may be a leaf."""
@@ -119,7 +122,7 @@ class TorchArguments(Arguments):
 
 
 def _can_look(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
         return False
     return x.device.type == "cpu" and not is_wrapped(x)
 

@@ -26,7 +26,7 @@ from irl_ops.algebra import Heads, Sequence, Terms, Weighting
 from irl_ops.call import Call
 from irl_ops.readout import Readout
 from irl_ops.torch import native, native_loss, pool
-from irl_ops.torch.arguments import arguments
+from irl_ops.torch.arguments import PLAIN, arguments
 from irl_ops.torch.private import within_transform
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
 
@@ -34,7 +34,6 @@ Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 NUMBERS = ("mle", "td", "agent_td", "gamma", "entropy_coef", "z_loss")  # of Terms
 ITEMS = ("expert_items", "agent_items")
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def serves(call: Call, logits: Tensor, labels: Tensor, backend: str) -> bool:

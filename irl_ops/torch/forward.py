@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irl_ops.call import Call
 from irl_ops.torch import compiled, traced
-from irl_ops.torch.arguments import arguments
+from irl_ops.torch.arguments import PLAIN, arguments
 from irl_ops.torch.backends import choose
 from irl_ops.torch.gradients import AtOnce, Later, asks_for_gradient
 from irl_ops.torch.private import is_wrapped
@@ -28,14 +28,18 @@ def loss_of(call: Call, logits: Tensor, labels: Tensor) -> Loss:
     """
     backend = choose(call.backend, logits)
     heads = call.heads
-    differentiable = asks_for_gradient(logits, heads)
+    differentiable = asks_for_gradient(logits, heads.values, heads.next_values)
     inplace = call.inplace and differentiable and logits.requires_grad
     if inplace:
         arguments.check_inplace(logits)
     given = logits
     logits = contiguous_rows(logits)
-    single = call.weighting.reduction != "none" and logits.requires_grad
-    at_once = single and logits.dtype not in (torch.float16, torch.float64)
+    at_once = (
+        differentiable
+        and logits.requires_grad
+        and call.weighting.reduction != "none"
+        and logits.dtype not in (torch.float16, torch.float64)
+    )
     if not is_plain(logits, labels):
         if (at_once or not differentiable) and compiled.serves(call, logits, labels, backend):
             return compiled.loss_of(call, logits, labels, differentiable)
@@ -67,7 +71,7 @@ def is_plain(*arrays: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     for x in arrays:
-        if type(x) not in (Tensor, torch.nn.Parameter) or is_wrapped(x):
+        if type(x) not in PLAIN or is_wrapped(x):
             return False
     return True
 

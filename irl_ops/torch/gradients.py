@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irl_ops.algebra import Heads
 from irl_ops.call import Call
 from irl_ops.torch import pool
 from irl_ops.torch.backends import BACKENDS
@@ -15,13 +14,13 @@ from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
 from irl_ops.torch.whole import loss_by
 
 
-def asks_for_gradient(logits: Tensor, heads: Heads) -> bool:
-    """Whether a call has a gradient to compute."""
-    return torch.is_grad_enabled() and (
-        logits.requires_grad
-        or (heads.values is not None and heads.values.requires_grad)
-        or (heads.next_values is not None and heads.next_values.requires_grad)
-    )
+def asks_for_gradient(*arrays: Tensor | None) -> bool:
+    """Whether a call of these has a gradient to compute."""
+    if torch.is_grad_enabled():
+        for x in arrays:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 class AtOnce(torch.autograd.Function):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
-import torch
 from torch import Tensor
 
 from irl_ops import terms
@@ -13,6 +12,7 @@ from irl_ops.options import signature
 from irl_ops.torch import linear_ops, sharded_linear
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
+from irl_ops.torch.gradients import asks_for_gradient
 from irl_ops.torch.linear_arguments import arguments
 from irl_ops.torch.linear_loss import LinearAtOnce
 from irl_ops.torch.options import (
@@ -297,7 +297,7 @@ def _loss(
     backend = choose(call.backend, layer.hidden)
     heads = call.heads
     inputs = (layer.hidden, layer.weight, layer.bias, heads.values, heads.next_values)
-    wanted = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+    wanted = asks_for_gradient(*inputs)
     summed = call.weighting.reduction != "none"
     if not (wanted and summed and is_plain(layer.hidden, labels)):
         return linear_ops.loss(call, layer, labels, drop, backend)

@@ -18,7 +18,7 @@ from irl_ops.torch.refusals import refuse_second_derivative
 def token_stats(call: StatsCall, logits: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
     """The fields of ``TokenStats``, differentiable."""
     heads = call.heads
-    if asks_for_gradient(logits, heads):
+    if asks_for_gradient(logits, heads.values, heads.next_values):
         outputs: tuple[Tensor | None, ...] = Differentiable.apply(  # type: ignore[no-untyped-call]
             logits, heads.values, heads.next_values, labels, call
         )

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from irl_ops.torch.arguments import PLAIN
+
 try:
     from irl_ops import _native as _native
 except ImportError:  # not built: irl_ops.torch.native says so, and nothing comes from the pool
@@ -93,7 +95,7 @@ def release() -> int:
 def _serves(logits: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and type(logits) in (Tensor, torch.nn.Parameter)  # a subclass makes its own
+        and type(logits) in PLAIN  # a subclass makes its own
         and logits.numel() * logits.element_size() >= _SMALLEST
         and logits.dtype in _DTYPES
         and logits.device.type == "cpu"

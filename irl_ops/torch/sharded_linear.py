@@ -18,6 +18,7 @@ from irl_ops.call import Call, Parallel, read_loss, read_parallel, read_stats
 from irl_ops.torch import linear_dtensor, linear_ops, ops, sharded, sharded_measures
 from irl_ops.torch.backends import choose
 from irl_ops.torch.forward import Loss, is_plain
+from irl_ops.torch.gradients import asks_for_gradient
 from irl_ops.torch.linear_arguments import Layer, arguments
 from irl_ops.torch.linear_columns import layer_gradients, without_padding
 from irl_ops.torch.linear_loss import LinearAtOnce
@@ -79,7 +80,7 @@ def loss_of_shards(
 def _at_once(layer: Layer, call: Call, shards: Shards) -> bool:
     """Whether gradients come with the loss, chunk by chunk: the rows are whole sequences."""
     inputs = (layer.hidden, layer.weight, layer.bias, call.heads.values, call.heads.next_values)
-    trained = any(x is not None and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+    trained = asks_for_gradient(*inputs)
     plain = is_plain(layer.hidden) and call.weighting.reduction != "none"
     return trained and plain and shards.columns is not None and not shards.cuts
 
