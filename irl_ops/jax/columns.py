@@ -15,23 +15,45 @@ import jax.numpy as jnp
 from jax import lax
 
 from irl_ops.algebra import BAD_LABEL, NO_LABEL, UNREAD
+from irl_ops.jax import measured
+from irl_ops.jax.operation import Function, operation
 from irl_ops.jax.shards import Columns
+from irl_ops.kernels import reference
 from irl_ops.kernels.reference.measures import RowMeasures
 
 Kernels = dict[str, Any]
 
 
-def over_columns(name: str, kernels: Callable[[Any], Kernels]) -> Any:
-    """What ``operation`` makes of the kernel of that name where the columns are spread.
+def operations(
+    kernels: Callable[[Any], Kernels], **chosen: Callable[[str], Any]
+) -> tuple[Function, ...]:
+    """The row kernels and the measures of a backend, which serves columns that are spread.
 
-    ``kernels`` gives those that run on one device, by name, for the context of a lowering.
+    Args:
+        kernels: gives those that run on one device, by name, for the context of a lowering.
+        **chosen: by platform, gives what ``operation`` takes for the kernel of a name.
+
+    Returns:
+        row_stats, row_grad, row_stats_grad, label_logit, set_label, row_measures,
+        row_measures_grad.
     """
 
-    def of(ctx: Any) -> Any:
-        run = kernels(ctx)
-        return lambda columns: getattr(OverColumns(run, columns), name)
+    def lowered(name: str) -> dict[str, Any]:
+        def over_columns(ctx: Any) -> Any:
+            run = kernels(ctx)
+            return lambda columns: getattr(OverColumns(run, columns), name)
 
-    return of
+        return {"over_columns": over_columns, **{p: of(name) for p, of in chosen.items()}}
+
+    return (
+        operation(reference.row_stats, **lowered("row_stats")),
+        operation(reference.row_grad, **lowered("row_grad")),
+        operation(reference.row_stats_grad, **lowered("row_stats_grad")),
+        operation(reference.label_logit, **lowered("label_logit")),
+        operation(reference.set_label, **lowered("set_label")),
+        measured.measures_operation(**lowered("row_measures")),
+        measured.gradient_operation(**lowered("row_measures_grad")),
+    )
 
 
 class OverColumns:

@@ -20,9 +20,8 @@ import jax
 import numpy as np
 
 from irl_ops.jax import measured, private
-from irl_ops.jax.columns import over_columns
-from irl_ops.jax.operation import Function, array_like, operation, vector_like
-from irl_ops.kernels import reference
+from irl_ops.jax.columns import operations
+from irl_ops.jax.operation import Function, array_like, vector_like
 from irl_ops.kernels.reference.measures import RowMeasures
 
 try:
@@ -161,15 +160,6 @@ def _on_cpu(run: Function) -> Callable[[Any], Function]:
     return choose
 
 
-def _lowered(name: str) -> dict[str, Any]:
-    """What an operation becomes: the kernel of that name, on whole rows or on some columns."""
-    return {"over_columns": over_columns(name, lambda ctx: RUN), "cpu": _on_cpu(RUN[name])}
-
-
-row_stats = operation(reference.row_stats, **_lowered("row_stats"))
-row_grad = operation(reference.row_grad, **_lowered("row_grad"))
-row_stats_grad = operation(reference.row_stats_grad, **_lowered("row_stats_grad"))
-label_logit = operation(reference.label_logit, **_lowered("label_logit"))
-set_label = operation(reference.set_label, **_lowered("set_label"))
-row_measures = measured.measures_operation(**_lowered("row_measures"))
-row_measures_grad = measured.gradient_operation(**_lowered("row_measures_grad"))
+(row_stats, row_grad, row_stats_grad, label_logit, set_label, row_measures, row_measures_grad) = (
+    operations(lambda ctx: RUN, cpu=lambda name: _on_cpu(RUN[name]))
+)

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from irl_ops.jax import measured, private
-from irl_ops.jax.columns import over_columns
-from irl_ops.jax.operation import Function, array_like, device, operation, vector_like
+from irl_ops.jax.columns import operations
+from irl_ops.jax.operation import Function, array_like, device, vector_like
 from irl_ops.kernels import reference
 from irl_ops.kernels.reference.measures import RowMeasures
 from irl_ops.kernels.triton import dispatch
@@ -281,19 +281,10 @@ KERNELS: dict[str, Callable[[Any], Function]] = {
 }
 
 
-def _lowered(name: str) -> dict[str, Any]:
-    """What an operation becomes: the kernel of that name, on whole rows or on some columns."""
-    return {"over_columns": over_columns(name, _every), "cuda": KERNELS[name]}
-
-
 def _every(ctx: Any) -> dict[str, Function]:
     return {name: kernel(ctx) for name, kernel in KERNELS.items()}
 
 
-row_stats = operation(reference.row_stats, **_lowered("row_stats"))
-row_grad = operation(reference.row_grad, **_lowered("row_grad"))
-row_stats_grad = operation(reference.row_stats_grad, **_lowered("row_stats_grad"))
-label_logit = operation(reference.label_logit, **_lowered("label_logit"))
-set_label = operation(reference.set_label, **_lowered("set_label"))
-row_measures = measured.measures_operation(**_lowered("row_measures"))
-row_measures_grad = measured.gradient_operation(**_lowered("row_measures_grad"))
+(row_stats, row_grad, row_stats_grad, label_logit, set_label, row_measures, row_measures_grad) = (
+    operations(_every, cuda=lambda name: KERNELS[name])
+)

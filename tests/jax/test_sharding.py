@@ -27,7 +27,7 @@ def triton_without_a_gpu() -> None:
 
     import jax.numpy as jnp
 
-    from irl_ops.jax import measured, operation, triton
+    from irl_ops.jax import columns, measured, operation, triton
     from irl_ops.kernels import reference
     from irl_ops.kernels.reference import measures
 
@@ -55,7 +55,8 @@ def triton_without_a_gpu() -> None:
 
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=launch)  # type: ignore[assignment]
     plain, operation.operation = operation.operation, for_cpus
-    importlib.reload(measured), importlib.reload(triton)
+    for module in (measured, columns, triton):
+        importlib.reload(module)
     triton.unavailable = lambda platform: None
 
 
@@ -177,7 +178,7 @@ def test_rows_stay_where_they_are(backend: str) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     flags["IRL_OPS_COMPUTE_CAPABILITY"] = "9.0"
     if backend == "triton":
-        pytest.importorskip("triton", reason="Triton, which has releases for Linux alone")
+        pytest.importorskip("triton", reason="needs Triton: it has releases for Linux alone")
     done = subprocess.run(
         [sys.executable, "-P", __file__, backend],
         env=os.environ | flags,
