@@ -9,10 +9,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from irl_ops.integrations.transformers.fused import last_layer, unstored_logits
 from irl_ops.integrations.transformers.model import transformers_model
-from irl_ops.integrations.transformers.ranges import INITIAL_POLICY, record_function
+from irl_ops.integrations.transformers.ranges import INITIAL_POLICY
 from irl_ops.integrations.transformers.reading import Reader, Readout
 from irl_ops.integrations.transformers.value_head import column
 

@@ -11,6 +11,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from irl_ops import algebra
 from irl_ops.integrations.transformers.adversary import Adversaries, train_all_adapters
@@ -22,7 +23,6 @@ from irl_ops.integrations.transformers.ranges import (
     DISCRIMINATOR,
     LOSS,
     POLICY,
-    record_function,
 )
 from irl_ops.integrations.transformers.sampled import SampledTrainer
 from irl_ops.integrations.transformers.sampling import Sampler

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from irl_ops.integrations.options import try_options
 from irl_ops.integrations.transformers.context import Part, part_of, refuse, share_of, sizes
 from irl_ops.integrations.transformers.fused import LinearLogits
-from irl_ops.integrations.transformers.ranges import LOSS, record_function
+from irl_ops.integrations.transformers.ranges import LOSS
 from irl_ops.torch import iqlearn_loss
 
 

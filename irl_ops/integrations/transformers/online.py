@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from irl_ops.integrations.transformers.episodes import Buffer, batch_of, joined, plain, scored
 from irl_ops.integrations.transformers.model import transformers_model
-from irl_ops.integrations.transformers.ranges import LOSS, POLICY, record_function
+from irl_ops.integrations.transformers.ranges import LOSS, POLICY
 from irl_ops.integrations.transformers.reading import Reader, Readout
 from irl_ops.integrations.transformers.sampled import SampledTrainer, SamplingArguments
 from irl_ops.integrations.transformers.sampling import Sampler

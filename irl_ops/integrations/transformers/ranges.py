@@ -6,21 +6,9 @@ Without a profiler one costs a few microseconds.
 
 from __future__ import annotations
 
-from torch.profiler import record_function
-
 SAMPLING = "irl_ops.sampling"  # the sampler, with all that it calls
 POLICY = "irl_ops.policy"  # a forward of the policy, with the loss of its logits
 INITIAL_POLICY = "irl_ops.initial_policy"
 CRITIC = "irl_ops.critic"
 DISCRIMINATOR = "irl_ops.discriminator"
 LOSS = "irl_ops.loss"  # from logits, or hidden states, to a loss or the statistics of tokens
-
-__all__ = [
-    "CRITIC",
-    "DISCRIMINATOR",
-    "INITIAL_POLICY",
-    "LOSS",
-    "POLICY",
-    "SAMPLING",
-    "record_function",
-]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 import irl_ops.torch as irl
 from irl_ops.integrations.transformers.fused import (
@@ -23,7 +24,7 @@ from irl_ops.integrations.transformers.fused import (
     unstored_logits,
 )
 from irl_ops.integrations.transformers.model import transformers_model
-from irl_ops.integrations.transformers.ranges import LOSS, record_function
+from irl_ops.integrations.transformers.ranges import LOSS
 from irl_ops.integrations.transformers.value_head import values_of
 
 

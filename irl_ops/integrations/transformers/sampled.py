@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -20,7 +21,7 @@ from irl_ops.integrations.transformers import context
 from irl_ops.integrations.transformers.callbacks import refuse_the_worst
 from irl_ops.integrations.transformers.episodes import Buffer, Episode, prompt_of
 from irl_ops.integrations.transformers.loss import DATA_PARALLEL, Loss
-from irl_ops.integrations.transformers.ranges import SAMPLING, record_function
+from irl_ops.integrations.transformers.ranges import SAMPLING
 from irl_ops.integrations.transformers.sampling import (
     ContinuousSampler,
     GenerateSampler,
