@@ -41,7 +41,7 @@ def test_torch_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("backend", "inplace"), [("native", False), ("native", True), ("reference", False)]
 )
 def test_jax(backend: str, inplace: bool, name: str) -> None:
-    """``inplace`` for the gradient in the forward pass, on each backend."""
+    """``inplace`` for the gradient in the forward pass."""
     pytest.importorskip("jax", reason="needs JAX")
     import irl_ops.jax
 
