@@ -55,7 +55,7 @@ demo: $(READY)  ## fine-tune a small model with IQLearn and with MLE, and compar
 toy-mdp: $(READY)  ## Fig. 11: what samples add to demonstrations, by objective
 	$(BIN)/python examples/toy_mdp.py $(ARGS)
 
-study: $(READY)  ## quality beside diversity for all losses, three seeds; 40 minutes of CPU time
+study: $(READY)  ## quality beside diversity for all losses, three seeds; 21 to 38 minutes of CPU time
 	$(BIN)/python examples/run_study.py $(ARGS)
 
 profile-steps: $(READY)  ## Table 1: what an update costs with each system, as a ratio of MLE's

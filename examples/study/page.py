@@ -77,8 +77,8 @@ online IQLearn and GAIL. This page is written by
 
 (`make study` is the same with an environment for it), from results that it leaves in a folder,
 one JSON file for each run and seed; interrupted, it goes on. Each table is a file in
-`examples/study/`, where its runs stand. All of it took {cost / 60:.0f} minutes of CPU time,
-beside other work; runs go side by side, one on each core.
+`examples/study/`, where its runs stand. All of it took {cost / 60:.0f} minutes of CPU time;
+runs go side by side, one on each core.
 
 What ran: {facts["data"]}; {facts["model"]}. {facts["train"]} pairs to train on and
 {facts["held_out"]} held out, {sizes["steps"]} updates of {sizes["batch_size"]} pairs
