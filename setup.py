@@ -7,12 +7,15 @@
   headers of XLA's FFI. Without them JAX reaches the kernels through a callback.
 * The environment variable ``IRL_OPS_XLA_INCLUDE`` names another folder with these headers, that
   holds ``xla/ffi/api/ffi.h``; ``none`` builds without.
+* Flags in ``CXXFLAGS`` come after those of this file, so that they win: ``-O0`` builds in half the
+  time what need not be fast.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -85,7 +88,12 @@ native = Pybind11Extension(
     # setup.py is a dependency because the flags live here: without it, a change of flags alone
     # would leave the old extension in place.
     depends=[*files("kernels/cpu/*.h", "irl_ops/algebra/cpu/*.h", "bindings/*.h"), "setup.py"],
-    extra_compile_args=[*FLAGS, "-pthread", *(["-isystem", XLA_INCLUDE] if XLA_INCLUDE else [])],
+    extra_compile_args=[
+        *FLAGS,
+        "-pthread",
+        *(["-isystem", XLA_INCLUDE] if XLA_INCLUDE else []),
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ],
     extra_link_args=["-pthread"],
     cxx_std=17,
 )
