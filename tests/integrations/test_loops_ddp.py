@@ -1,29 +1,17 @@
-"""Two ranks on gloo, in every loop of test_loops.py, take the step of float64 autograd.
-
-pytest starts this file as a program, with two processes.
-"""
+"""Two ranks on gloo, in every loop of test_loops.py, take the step of float64 autograd."""
 
 import gc
-import importlib
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from ..launch import launch
+
 
 def main(folder: Path) -> None:
-    import irl_ops  # noqa: F401
-
-    # As in test_trl_ddp.py: the folder as a package, without the repository's root on sys.path.
-    here = Path(__file__).resolve().parents[1]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
-    package = types.ModuleType("tests")
-    package.__path__ = [str(here)]
-    sys.modules["tests"] = package
-    steps = importlib.import_module("tests.integrations.loop_steps")
-    tiny = importlib.import_module("tests.integrations.tiny_transformers")
+    from . import loop_steps as steps
+    from . import tiny_transformers as tiny
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
@@ -49,7 +37,6 @@ def main(folder: Path) -> None:
 def test_two_ranks_take_the_step_of_float64_autograd(tmp_path):
     pytest.importorskip("lightning", reason="the package lightning is not installed")
     from . import loop_steps
-    from .test_transformers_ddp import launch
     from .tiny_transformers import CLOSE_UPDATE, llama, reference_gradients
 
     launch(__file__, tmp_path, ranks=2)
@@ -63,7 +50,3 @@ def test_two_ranks_take_the_step_of_float64_autograd(tmp_path):
                 assert torch.equal(update, two[name]), (loop, data, name)
             error = sum((one[n].double() - g).square().sum() for n, g in gradients.items())
             assert error.sqrt() < CLOSE_UPDATE * norm.sqrt(), (loop, data)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,12 +1,5 @@
-"""The functions under the names of RL trainers, over two processes that share the vocabulary.
+"""The functions under the names of RL trainers, over two processes that share the vocabulary."""
 
-pytest starts this file as a program, once per rank.
-"""
-
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +9,8 @@ import torch.distributed as dist
 
 from irl_ops.integrations.rl import nemo_rl, slime, verl
 from irl_ops.torch import sft, token_stats
+
+from ..launch import launch
 
 V, RANKS = 60, 2
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums over the columns in another order
@@ -98,18 +93,7 @@ def main(folder: Path) -> None:
 
 
 def test_as_one_process_has_it(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-P", __file__, str(tmp_path)],
-            env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(RANKS)
-    ]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0] * RANKS
+    launch(__file__, tmp_path, RANKS)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for name, (outputs, gradients) in results(slice(None), None).items():
         for part in found:
@@ -120,7 +104,3 @@ def test_as_one_process_has_it(tmp_path: Path) -> None:
             axis = 0 if len(gradients) == 2 else -1  # of a weight, or of logits
             joined = torch.cat(parts, axis) if sharded else parts[0]
             torch.testing.assert_close(joined, gradient, **CLOSE)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

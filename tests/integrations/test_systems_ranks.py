@@ -1,19 +1,21 @@
 """Two ranks on gloo, under FSDP2 and DDP, take the updates of one process: each system's.
 
-The Trainer and accelerate part the weights themselves, as ``fsdp=True`` asks. pytest starts this
-file as a program, with two processes, once for all systems; the models are in float64.
+The Trainer and accelerate part the weights themselves, as ``fsdp=True`` asks. The ranks
+are started once for all systems; the models are in float64.
 """
 
 import gc
-import importlib
 import os
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from ..launch import launch
+from . import tiny_systems as systems
+from . import tiny_transformers as tiny
 
 STEPS = 2
 ENDS = [2, *range(5, 25)]  # answers end early, on one rank before the other
@@ -27,15 +29,7 @@ RUNS = {  # by the system, the engines; DDP of the losses alone is test_transfor
 
 
 def main(folder: Path) -> None:
-    """The runs of this file as a program."""
-    import irl_ops  # noqa: F401
-
-    # The folder as a package, without the repository's root on sys.path: see conftest.py.
-    here = Path(__file__).resolve().parents[1]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
-    package = types.ModuleType("tests")
-    package.__path__ = [str(here)]
-    sys.modules["tests"] = package
+    """The runs of a rank."""
     torch.set_num_threads(1)
     for engine in ("fsdp", "ddp"):
         choose(engine)
@@ -71,8 +65,6 @@ def trainer_of(name: str, folder: Path, engine: str) -> Any:
         apply_iqlearn,
     )
 
-    systems = importlib.import_module("tests.integrations.tiny_systems")
-    tiny = importlib.import_module("tests.integrations.tiny_transformers")
     model = tiny.llama().double()
     model.generation_config.eos_token_id = ENDS
     shared: dict[str, Any] = {
@@ -163,8 +155,6 @@ def whole(model: Any) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def parted(tmp_path_factory):
     """The folder in which two ranks have left what they found."""
-    from .test_transformers_ddp import launch
-
     folder = tmp_path_factory.mktemp("ranks")
     launch(__file__, folder, ranks=2, timeout=900)
     return folder
@@ -208,8 +198,3 @@ def assert_saved_whole(folder, name, parameters):
         saved = load_file(folder / "adversaries.safetensors")
         assert {n.partition(".")[0] for n in saved} == {"critic", "discriminator"}
         assert all(torch.equal(x, parameters[n]) for n, x in saved.items())
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(Path(sys.argv[1]))

@@ -1,28 +1,19 @@
-"""Two ranks on gloo, each with half of the columns: Megatron's and torchtitan's way.
+"""Two ranks on gloo, each with half of the columns: Megatron's and torchtitan's way."""
 
-pytest starts this file as a program, with two processes.
-"""
-
-import importlib
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from .. import naive
+from ..launch import launch
+from . import test_megatron as megatron
+from .tiny_transformers import close_loss
+
 
 def main(folder: Path) -> None:
     """Losses and the gradients of what this rank has, of both trainers."""
-    import irl_ops  # noqa: F401
-
-    # As in test_trl_ddp.py: the folder as a package, without the repository's root on sys.path.
-    here = Path(__file__).resolve().parents[1]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
-    package = types.ModuleType("tests")
-    package.__path__ = [str(here)]
-    sys.modules["tests"] = package
-    megatron = importlib.import_module("tests.integrations.test_megatron")
     from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
     from irl_ops.integrations.torchtitan import IQLearnLoss
@@ -61,11 +52,6 @@ def main(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_are_float64_autograd_of_the_separate_documents(tmp_path):
-    from .. import naive
-    from . import test_megatron as megatron
-    from .test_transformers_ddp import launch
-    from .tiny_transformers import close_loss
-
     launch(__file__, tmp_path, ranks=2)
     torch.manual_seed(0)
     model, made = megatron.GPTModel(), megatron.documents()
@@ -89,7 +75,3 @@ def test_two_ranks_are_float64_autograd_of_the_separate_documents(tmp_path):
     close_loss(sum(grads[0] for _, grads, *_ in ranks), gradients["embedding.weight"])
     shards = torch.cat([grads[1] for _, grads, *_ in ranks])
     close_loss(shards, gradients["output_layer.weight"])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

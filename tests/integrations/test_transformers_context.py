@@ -4,7 +4,7 @@ The Trainer, accelerate and the sharding of its ``cp`` by torch's ``context_para
 ones. Two things stand in for what a CPU has not: attention across ranks, which gathers keys and
 values in the place of torch's ring, and DDP in the place of FSDP2, which averages likewise. For
 ``sp`` the batch is cut as DeepSpeed's data loader cuts it, and Transformers' own function weights
-the losses of the ranks. pytest starts this file as a program.
+the losses of the ranks.
 """
 
 import gc
@@ -15,6 +15,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
+from .. import naive
+from ..launch import launch
 
 LR, RANKS, VOCAB = 0.1, 2, 41
 OPTIONS = {"lam": 0.1, "gamma": 0.9}
@@ -53,11 +56,6 @@ def data_of(rows, packed=False):
 
 
 def main(folder: Path) -> None:
-    # As in conftest.py: our kernels/ must not pass for the distribution that transformers knows.
-    import irl_ops  # noqa: F401
-
-    root = Path(__file__).resolve().parents[2]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState
     from torch import distributed as dist
@@ -192,8 +190,6 @@ def sp_batch():
 
 def reference(data, options, value_head=False):
     """The gradient and the loss of one process in float64."""
-    from .. import naive
-
     model = build().double().train()
     rows = data["labels"].shape[1]
     # what the ranks' attention sees: documents are not kept apart
@@ -221,8 +217,6 @@ def reference(data, options, value_head=False):
 
 @pytest.mark.slow
 def test_two_ranks_with_parts_of_sequences_take_the_step_of_one_process(tmp_path):
-    from .test_transformers_ddp import launch
-
     launch(__file__, tmp_path, ranks=RANKS)
     found = torch.load(tmp_path / "found.pt")
     for name, (rows, options, kind) in CASES.items():
@@ -246,7 +240,3 @@ def assert_close(actual, expected, name):
     norm = sum(g.square().sum() for g in expected.values()).sqrt()
     assert norm > 0.1
     assert error < 1e-4 * norm, (name, error / norm)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

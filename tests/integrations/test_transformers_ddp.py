@@ -1,28 +1,19 @@
-"""Two ranks on gloo take the step of one process, and log its metrics.
-
-pytest starts this file as a program, with two processes.
-"""
+"""Two ranks on gloo take the step of one process, and log its metrics."""
 
 import gc
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from ..launch import launch
+
 LR = 0.1
 
 
 def main(folder: Path) -> None:
-    """The steps of this file as a program."""
-    # As in conftest.py: our kernels/ must not pass for the distribution that transformers knows.
-    import irl_ops  # noqa: F401
-
-    root = Path(__file__).resolve().parents[2]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+    """The steps of a rank."""
     torch.set_num_threads(1)
     step(folder, int(os.environ["WORLD_SIZE"]))
     # DDP's reducer goes before its process group. If it were the group's last owner, it would
@@ -106,36 +97,6 @@ def step(folder: Path, ranks: int) -> None:
             torch.save((update, logged), folder / f"{type(model).__name__}-{ranks}.pt")
 
 
-def launch(program: str, folder: Path, ranks: int, timeout: float = 240) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", program, str(folder)],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
-
-
 @pytest.mark.slow
 def test_two_ranks_take_the_step_of_one_process(tmp_path):
     step(tmp_path, ranks=1)
@@ -149,7 +110,3 @@ def test_two_ranks_take_the_step_of_one_process(tmp_path):
             torch.testing.assert_close(two[name], update, rtol=1e-4, atol=1e-5)
         for name in ("loss", "nll", "value", "td", "reward", "eval_nll", "eval_td", "eval_reward"):
             assert logged_by_two[name] == pytest.approx(logged_by_one[name], rel=1e-4)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,26 +1,21 @@
 """Two ranks on gloo without stored logits: DDP, and FSDP2 with and without a unit for the head.
 
-pytest starts this file as a program. Their gradients are those of the dense path in one process.
+Their gradients are those of the dense path in one process.
 DeepSpeed is not installed with the tests, so ZeRO-3 is not among them.
 """
 
 import copy
 import gc
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from ..launch import launch
+
 
 def main(folder: Path) -> None:
     """Rank 0 saves, by the kind of wrapper and model, the gradients and those expected."""
-    # As in conftest.py: our kernels/ must not pass for the distribution that transformers knows.
-    import irl_ops  # noqa: F401
-
-    root = Path(__file__).resolve().parents[2]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Replicate
@@ -120,8 +115,6 @@ def main(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_the_dense_path(tmp_path):
-    from .test_transformers_ddp import launch
-
     launch(__file__, tmp_path, ranks=2)
     found = torch.load(tmp_path / "found.pt")
     assert len(found) == 7
@@ -132,8 +125,3 @@ def test_two_ranks_have_the_gradients_of_the_dense_path(tmp_path):
         for name, (gradient, expected) in pairs.items():
             error = (gradient - expected).norm()
             assert error <= tolerance * expected.norm() + 1e-6, (case, name)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    main(Path(sys.argv[1]))

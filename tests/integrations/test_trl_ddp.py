@@ -1,25 +1,23 @@
-"""Two ranks on gloo under TRL take the step of float64 autograd over all their documents.
-
-pytest starts this file as a program, with two processes.
-"""
+"""Two ranks on gloo under TRL take the step of float64 autograd over all their documents."""
 
 import copy
 import gc
-import importlib
-import os
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
+
+from ..launch import launch
+from . import test_trl as trl
+from . import test_trl_trainer as made
+from .tiny_transformers import CLOSE_UPDATE
 
 MODES = ("completions", "packed", "stored", "lora", "mixture", "trainer")
 STORED = {"stored": False}  # whether logits are; by default not
 LR = 0.1
 
 
-def setting(name, trl):
+def setting(name):
     """A model, rows, documents and arguments; the rows are shared evenly by two ranks."""
     from peft import LoraConfig
 
@@ -42,20 +40,9 @@ def setting(name, trl):
 
 def main(folder: Path) -> None:
     """One step of an epoch, of one document or packed row in each micro-batch."""
-    import irl_ops  # noqa: F401
-
-    # The folder as a package, without the repository's root on sys.path: see conftest.py.
-    here = Path(__file__).resolve().parents[1]
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
-    package = types.ModuleType("tests")
-    package.__path__ = [str(here)]
-    sys.modules["tests"] = package
-    trl = importlib.import_module("tests.integrations.test_trl")
-    made = importlib.import_module("tests.integrations.test_trl_trainer")
-
     torch.set_num_threads(1)
     for name in MODES:
-        model, rows, _, arguments = setting(name, trl)
+        model, rows, _, arguments = setting(name)
         arguments["per_device_train_batch_size"] = 1
         if name == "trainer":
             trainer = made.trainer(model, rows, folder, **arguments)
@@ -84,14 +71,10 @@ def main(folder: Path) -> None:
 def test_two_ranks_take_the_step_of_float64_autograd(tmp_path):
     from peft import get_peft_model
 
-    from . import test_trl as trl
-    from .test_transformers_ddp import launch
-    from .tiny_transformers import CLOSE_UPDATE
-
     launch(__file__, tmp_path, ranks=2)
     for name in MODES:
         before, update, logged = torch.load(tmp_path / f"{name}.pt")
-        model, _, documents, arguments = setting(name, trl)
+        model, _, documents, arguments = setting(name)
         if name == "lora":
             model = get_peft_model(model, arguments["peft_config"])
             model.load_state_dict(before, strict=False)  # its adapters start at random
@@ -112,8 +95,3 @@ def test_two_ranks_take_the_step_of_float64_autograd(tmp_path):
         error = sum((update[n].double() - g).square().sum() for n, g in gradients.items())
         norm = sum(g.square().sum() for g in gradients.values())
         assert error.sqrt() < CLOSE_UPDATE * norm.sqrt(), name
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(Path(sys.argv[1]))

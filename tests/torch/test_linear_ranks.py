@@ -1,12 +1,5 @@
-"""The linear loss of a model under DDP and FSDP2: two ranks on gloo have the gradient of one.
+"""The linear loss of a model under DDP and FSDP2: two ranks on gloo have the gradient of one."""
 
-pytest starts this file as a program, once per rank.
-"""
-
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import irl_ops.torch as irl
+
+from .. import naive
+from ..launch import launch
 
 D, V, B, T = 8, 31, 4, 7
 OPTIONS = dict(lam=0.1, gamma=0.9)
@@ -70,29 +66,7 @@ def main(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
-    from .. import naive  # the program is no part of the package
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", __file__, str(tmp_path)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    launch(__file__, tmp_path, ranks=2)
     found = torch.load(tmp_path / "found.pt")
     model, x, labels = batch(torch.float64)
     q = model.head(torch.tanh(model.body(x)))
@@ -104,7 +78,3 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
             for dtype, within in (("float32", 1e-5), ("float64", 1e-12)):
                 actual = found[f"{kind} torch.{dtype} {name}"].double()
                 torch.testing.assert_close(actual, p.grad, rtol=within, atol=within)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
