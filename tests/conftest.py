@@ -1,9 +1,12 @@
 """What every test runs under."""
 
+import atexit
 import importlib.util
 import os
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -21,9 +24,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 # deadline=None: on a shared machine the time of one example says nothing.
 # derandomize=False: in CI, too, every run draws examples of its own; a failure there prints what
-# repeats it anywhere, the blob of the example and the seed of the run.
+# repeats it anywhere, the blob of the example and the seed of the run. So few examples a run add up
+# over runs, and `make fuzz` draws more.
 settings.register_profile(
-    "irl_ops", deadline=None, max_examples=50, derandomize=False, print_blob=True
+    "irl_ops", deadline=None, max_examples=40, derandomize=False, print_blob=True
 )
 settings.load_profile("irl_ops")
 
@@ -33,6 +37,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # JAX looks for accelerators when it is first used; with libtpu installed it would wait for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What one test has compiled, here or in another process of this run, no other one compiles again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="irl-ops-jax-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Triton's kernels are interpreted. The variable counts when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
