@@ -244,6 +244,8 @@ def main() -> int:
         return 0
     warm_up()
     with tempfile.TemporaryDirectory() as folder:
+        # conftest.py's own would stay, since forked processes end without their farewells
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/jax")
         root = Path(folder, "checkout")
         root.mkdir()
         copy_checkout(root)
