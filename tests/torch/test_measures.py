@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 import irl_ops.torch as irl
 from irl_ops.torch.backends import BACKENDS
 
 from .. import naive
 from ..cases import DTYPES, Case
-from ..measure_cases import check, measure_cases
+from ..measure_cases import check, measure_cases, with_everything
 
 SERVING = [
     name
@@ -33,6 +33,7 @@ ALL: dict[str, Any] = dict(temperature=HEAT, extra_ids=IDS, keep_mask=KEEP, extr
 
 @every_backend
 @given(case=measure_cases())
+@example(case=with_everything())
 @settings(max_examples=40)
 def test_everything(backend: str, case: Case) -> None:
     check(partial(irl.token_stats, backend=backend), case)
