@@ -7,8 +7,8 @@
   headers of XLA's FFI. Without them JAX reaches the kernels through a callback.
 * The environment variable ``IRL_OPS_XLA_INCLUDE`` names another folder with these headers, that
   holds ``xla/ffi/api/ffi.h``; ``none`` builds without.
-* Flags in ``CXXFLAGS`` come after those of this file, so that they win: ``-O0`` builds in half the
-  time what need not be fast.
+* Flags in ``CXXFLAGS`` come after those of this file, so that they win: ``-O0`` builds sooner what
+  need not be fast.
 """
 
 from __future__ import annotations
