@@ -6,10 +6,11 @@ and outputs, and by its cost model how many bytes it moves. The command fails wh
 - a program holds no Pallas kernel, though V is a multiple of 128 (on v7x in float32, none outside
   the gradient on its own),
 - a training step takes more memory than its logits, by over 5 % (on v6e and v7x, over 55 %),
-- a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it, or
-  takes over 5 % more memory,
-- a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them, or
-  has other than three matrix products in the body of a loop over chunks,
+- a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it (on v7x
+  over a third more, in float32 or where D is 1024), or takes over 5 % more memory,
+- a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them (on
+  v7x also the weight and its gradient), or has other than three matrix products in the body of a
+  loop over chunks,
 - on 256 chips that shard data, sequence and vocabulary, a loss sends more than its labels and
   three numbers per row along an axis (a last layer also the sums of its two gradients), or
 - a gradient on its own takes memory, or moves more than one read and one write of the logits and
@@ -146,8 +147,9 @@ def run(job: Job) -> Result:
     others = [s for form, s in steps.items() if form != "pallas"]
     if ours.temporaries > 1.05 * min(s.temporaries for s in others):
         problems.append("memory beside the plain form")
-    # in float32 on v7x, plain jnp beats every program that holds a kernel
-    allowed = 1.28 if (on, job.dtype) == ("v7x", "fp32") else 1.01
+    # there, plain jnp beats every program that holds a kernel
+    beaten = on == "v7x" and (job.dtype == "fp32" or job.width <= 1024)
+    allowed = 1.33 if beaten else 1.01
     if ours.bytes > allowed * min(s.bytes for s in others) + 4096 / row:
         problems.append("bytes of the step")
     if single_pass(job) and over > 1 + 24 * 1024 / (2 * row):
@@ -173,7 +175,9 @@ def chunked(on: str) -> Chunked:
     import tpu_programs as programs
 
     chunk, found, problems = programs.CHUNK / programs.ROWS, programs.linear(on), []
-    if found.temporaries > chunk + 0.005:
+    # v7x's compiler copies what a loop reads and adds to; so it does in a loop of bare products
+    copies = 2 * programs.DEEP / programs.ROWS if on == "v7x" else 0
+    if found.temporaries > chunk + copies + 0.005:
         problems.append("memory")
     # three products, and a few operations for each of the chunk's logits
     if not 3 <= found.products <= 3 + 32 / programs.DEEP:
