@@ -3,8 +3,7 @@
 libtpu, the TPU's compiler, runs on a CPU. It says how much memory a program takes beside its inputs
 and outputs, and by its cost model how many bytes it moves. The command fails where
 
-- a program holds no Pallas kernel, though V is a multiple of 128 (on v7x in float32, none outside
-  the gradient on its own),
+- a program holds no Pallas kernel, though V is a multiple of 128,
 - a training step takes more memory than its logits, by over 5 % (on v6e and v7x, over 55 %),
 - a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it (on v7x
   over a third more, in float32 or where D is 1024), or takes over 5 % more memory,
