@@ -95,32 +95,6 @@ def measure_cases(draw: Any) -> Case:
     return case
 
 
-def with_everything() -> Case:
-    """One batch of which everything is asked: what random ones may all happen to leave out."""
-    generator = torch.Generator().manual_seed(5)
-    shape, vocab = (2, 4), 17
-
-    def uniform(*sizes: int) -> Tensor:
-        return torch.rand(sizes, generator=generator)
-
-    options: dict[str, Any] = {
-        "ignore_index": -100,
-        "gamma": 0.9,
-        "entropy": True,
-        "temperature": 0.5 + uniform(*shape),
-        "extra_ids": (vocab * uniform(*shape, 3)).long(),
-        "keep_mask": uniform(*shape, vocab) < 0.7,
-        "extras": ("top1", "mean_logit", "log_sum_sq"),
-    }
-    x = 3 * torch.randn((*shape, vocab), generator=generator)
-    labels = (vocab * uniform(*shape)).long()
-    case = Case("token_stats", x, lambda leaf: leaf, labels, options, None)
-    case.upstream = {
-        name: torch.randn(sizes, generator=generator) for name, sizes in fields(case).items()
-    }
-    return case
-
-
 def between(x: Tensor, options: dict[str, Any], share: Tensor) -> Tensor:
     """A threshold of each row: where q is x one of its logits, else one between two of them."""
     q = naive.bend(x.double(), options).sort(-1).values

@@ -13,7 +13,7 @@ from irl_ops.torch.backends import BACKENDS
 
 from .. import naive
 from ..cases import DTYPES, Case
-from ..measure_cases import check, measure_cases, with_everything
+from ..measure_cases import check, fields, measure_cases
 
 SERVING = [
     name
@@ -29,6 +29,17 @@ IDS = torch.randint(17, (2, 4, 3), generator=GENERATOR)
 HEAT = torch.rand(2, 4, generator=GENERATOR) + 0.5
 KEEP = torch.rand(2, 4, 17, generator=GENERATOR) < 0.7
 ALL: dict[str, Any] = dict(temperature=HEAT, extra_ids=IDS, keep_mask=KEEP, extras=EXTRAS)
+
+
+def with_everything() -> Case:
+    """One batch of which everything is asked: what random ones may all happen to leave out."""
+    options = ALL | dict(ignore_index=-100, gamma=0.9, entropy=True)
+    case = Case("token_stats", LOGITS, lambda leaf: leaf, LABELS, options, None)
+    generator = torch.Generator().manual_seed(5)
+    case.upstream = {
+        name: torch.randn(sizes, generator=generator) for name, sizes in fields(case).items()
+    }
+    return case
 
 
 @every_backend
