@@ -73,8 +73,7 @@ def _main(program: str, folder: Path, environment: dict[str, str], log: Path) ->
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    # The tests as a package, without the repository's root on sys.path.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE.parent]
+    # The tests as a package: sys.path is that of pytest, without the repository's root.
     package: Any = types.ModuleType("tests")
     package.__path__ = [str(HERE)]
     sys.modules["tests"] = package

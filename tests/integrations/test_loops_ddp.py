@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ..launch import launch
+from . import tiny_transformers as tiny
 
 
 def main(folder: Path) -> None:
     from . import loop_steps as steps
-    from . import tiny_transformers as tiny
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
@@ -37,16 +37,15 @@ def main(folder: Path) -> None:
 def test_two_ranks_take_the_step_of_float64_autograd(tmp_path):
     pytest.importorskip("lightning", reason="the package lightning is not installed")
     from . import loop_steps
-    from .tiny_transformers import CLOSE_UPDATE, llama, reference_gradients
 
     launch(__file__, tmp_path, ranks=2)
     for data, make in loop_steps.DATA.items():
-        model = llama()
-        gradients = reference_gradients(model, make(model)[1])
+        model = tiny.llama()
+        gradients = tiny.reference_gradients(model, make(model)[1])
         norm = sum(g.square().sum() for g in gradients.values())
         for loop in loop_steps.LOOPS:
             one, two = (torch.load(tmp_path / f"{loop}-{data}-{rank}.pt") for rank in range(2))
             for name, update in one.items():
                 assert torch.equal(update, two[name]), (loop, data, name)
             error = sum((one[n].double() - g).square().sum() for n, g in gradients.items())
-            assert error.sqrt() < CLOSE_UPDATE * norm.sqrt(), (loop, data)
+            assert error.sqrt() < tiny.CLOSE_UPDATE * norm.sqrt(), (loop, data)
