@@ -17,7 +17,9 @@ from irl_ops.kernels import reference
 
 # These two work where there is no GPU; the kernels are compiled by what jax-triton brings.
 READY = triton.unavailable("cuda")
-needs_plugin = pytest.mark.skipif(READY is not None, reason=f"needs a CUDA build of JAX: {READY}")
+needs_plugin = pytest.mark.skipif(
+    READY is not None, reason=f"needs jax-triton and JAX for CUDA: {READY}"
+)
 
 
 GIVEN = """
