@@ -31,6 +31,8 @@ NARROWEST = 4096
 """Columns of a tile, at least: what is done for each tile and row is little beside them."""
 TILE_BYTES = 2**25  # on a CPU: more are no faster
 ALIGNED = 128  # columns: rows of every dtype then begin where the widest loads can
+PIECE = 1024
+"""Columns of one product of float32 on a CPU: the part of the weight stays in a core's cache."""
 
 
 class Linear:
@@ -202,13 +204,16 @@ class Linear:
     def product(self, rows: slice, columns: slice, logits: Tensor) -> None:
         """Writes the logits of some rows and columns."""
         hidden, weight, bias, _, _, scale, _ = self.layer
-        hidden, weight = hidden[rows], weight[columns].t()
-        if bias is None and scale == 1:
-            torch.mm(hidden, weight, out=logits)
-        else:
-            start = logits if bias is None else bias[columns]
-            beta = 0 if bias is None else scale
-            torch.addmm(start, hidden, weight, beta=beta, alpha=scale, out=logits)
+        hidden, weight = hidden[rows], weight[columns]
+        bias = None if bias is None else bias[columns]
+        for part in pieces(logits):
+            into, factor = logits[:, part], weight[part].t()
+            if bias is None and scale == 1:
+                torch.mm(hidden, factor, out=into)
+            else:
+                start = into if bias is None else bias[part]
+                beta = 0 if bias is None else scale
+                torch.addmm(start, hidden, factor, beta=beta, alpha=scale, out=into)
 
     def back(self, rows: slice, dlogits: Tensor) -> None:
         """Two products take a chunk's gradient back to hidden and weight."""
@@ -225,6 +230,15 @@ class Linear:
             # a product with ones: a sum over rows reads columns, which takes several times as long
             ones = dlogits.new_full((1, dlogits.shape[0]), scale)
             self.dbias.add_((ones @ dlogits)[0])
+
+
+def pieces(logits: Tensor) -> Iterator[slice]:
+    """The columns whose products are computed one after the other; of one size but for the last."""
+    columns = logits.shape[-1]
+    small = logits.device.type == "cpu" and logits.dtype == torch.float32
+    size = PIECE if small else max(columns, 1)
+    for start in range(0, columns, size):
+        yield slice(start, min(start + size, columns))
 
 
 class Window:
