@@ -15,21 +15,16 @@ struct Zero {
   }
 };
 
-// c exps_j dq/dx, the scratch being padded by kLanes.
-template <class Read>
+// c exps_j, the scratch being padded by kLanes; dq/dx is in it.
 struct Scaled {
-  static constexpr Source kSource = Read::kCapped ? Source::cache : Source::none;
+  static constexpr Source kSource = Source::none;
   static constexpr bool kScratch = true, kNumbers = true;
   const float* exps;
   Lanes c;
-  const Read& how;
-  Scaled from(std::int64_t j) const { return {exps + j, c, how}; }
+  Scaled from(std::int64_t j) const { return {exps + j, c}; }
   template <int kCount>
   __attribute__((always_inline)) void apply(std::int64_t j, Lanes (&x)[kCount]) const {
-    for (int k = 0; k < kCount; ++k) {
-      const Lanes y = mul(c, load(exps + j + k * kLanes));
-      x[k] = Read::kCapped ? mul(y, how.slope(x[k])) : y;
-    }
+    for (int k = 0; k < kCount; ++k) x[k] = mul(c, load(exps + j + k * kLanes));
   }
 };
 
@@ -48,10 +43,10 @@ struct ScaledEntropy {
   ScaledEntropy from(std::int64_t j) const { return {exps + j, c, max, log_sum, a, b, how}; }
   template <int kCount>
   __attribute__((always_inline)) void apply(std::int64_t j, Lanes (&x)[kCount]) const {
+    how.read(x);
     for (int k = 0; k < kCount; ++k) {
       const Lanes p = mul(c, load(exps + j + k * kLanes));
-      const Lanes y = weigh(p, sub(sub(how.read(x[k]), max), log_sum), a, b);
-      x[k] = Read::kCapped ? mul(y, how.slope(x[k])) : y;
+      x[k] = weigh(p, sub(sub(x[k], max), log_sum), a, b);
     }
   }
 };
@@ -65,13 +60,12 @@ struct Direct {
   template <int kCount>
   __attribute__((always_inline)) void apply(std::int64_t, Lanes (&x)[kCount]) const {
     Lanes log_p[kCount], p[kCount];
-    for (int k = 0; k < kCount; ++k) log_p[k] = sub(sub(how.read(x[k]), max), log_sum);
+    how.read(x);
+    for (int k = 0; k < kCount; ++k) log_p[k] = sub(sub(x[k], max), log_sum);
     for (int k = 0; k < kCount; ++k) p[k] = exp_range(log_p[k]);
     exp_ranged(p);
-    for (int k = 0; k < kCount; ++k) {
-      const Lanes y = weigh(p[k], log_p[k], a, b);
-      x[k] = zero_at_minus_inf(Read::kCapped ? mul(y, how.slope(x[k])) : y, x[k]);
-    }
+    for (int k = 0; k < kCount; ++k)
+      x[k] = zero_at_minus_inf(how.times_slope(weigh(p[k], log_p[k], a, b), x[k]), x[k]);
   }
 };
 

@@ -11,8 +11,9 @@
 
 namespace irl {
 
-// From element `begin` on, until the next segment, the scratch holds exp(q - reference), up to a
-// power of two and an order of the elements which are the instruction set's own.
+// From element `begin` on, until the next segment, the scratch holds exp(q - reference), times dq/dx
+// without logit_scale where that is asked for, up to a power of two and an order of the elements
+// which are the instruction set's own.
 struct Segment {
   std::int64_t begin;
   float reference;
@@ -51,13 +52,13 @@ struct RowLoops {
   // q of one x, the same bits as in the loops.
   float (*read)(float x, const Readout& readout);
 
-  // Reads x once. `exps` (vocab + kLanes floats) and `segments` (vocab / kBlock + 2) may be null.
-  RowSums (*scan)(const void* x, std::int64_t vocab, bool entropy, float* exps, Segment* segments,
-                  const Readout& readout);
+  // Reads x once. `exps` (vocab + kLanes floats) and `segments` (vocab / kBlock + 2) may be null;
+  // with `sloped` the first gets the slopes too.
+  RowSums (*scan)(const void* x, std::int64_t vocab, bool entropy, bool sloped, float* exps,
+                  Segment* segments, const Readout& readout);
 
-  // y_j = p_j (a + b log p_j) dq_j/dx_j from the scratch of scan, log_sum = log sum_j
-  // exp(q_j - max). Reads the scratch, and x only where b != 0 or there is a softcap, both from the
-  // cache; writes y once.
+  // y_j = p_j (a + b log p_j) dq_j/dx_j from the sloped scratch of scan, log_sum = log sum_j
+  // exp(q_j - max). Reads the scratch, and x only where b != 0, both from the cache; writes y once.
   void (*write_scanned)(const void* x, void* y, std::int64_t vocab, const float* exps,
                         const Segment* segments, const RowSums& sums, double log_sum, double a,
                         float b, Stores stores, const Readout& readout);
@@ -78,7 +79,7 @@ struct RowLoops {
   // Reads x once, which scan has brought into the cache.
   Survey (*survey)(const void* x, std::int64_t vocab, float max, const Readout& readout);
 
-  // sum_j exp(q_j - max)^2 from the scratch of scan.
+  // sum_j exp(q_j - max)^2 from the scratch of scan without slopes.
   double (*squares)(std::int64_t vocab, const float* exps, const Segment* segments,
                     const RowSums& sums);
 

@@ -54,7 +54,7 @@ IRL_INLINE void store_some(T* p, std::int64_t n, Lanes a) {
 // The first n as q, -inf in the other lanes.
 template <class T, class Read>
 IRL_INLINE Lanes read_some(const T* p, std::int64_t n, const Read& how) {
-  return how.read(load_some(p, n, -kInfinity));
+  return read_one(load_some(p, n, -kInfinity), how);
 }
 
 // Where no lane holds a NaN but the one that arithmetic makes.
@@ -100,20 +100,20 @@ IRL_INLINE void prefetch_four(const T* p) {
 // The entries of the table.
 
 template <class T, class Read>
-RowSums scan_as(const void* x, std::int64_t vocab, bool entropy, float* exps, Segment* segments,
-                const Read& how) {
+RowSums scan_as(const void* x, std::int64_t vocab, bool entropy, bool sloped, float* exps,
+                Segment* segments, const Read& how) {
   const T* row = static_cast<const T*>(x);
   if (exps)
-    return entropy ? scan<T, true, true>(row, vocab, exps, segments, how)
-                   : scan<T, false, true>(row, vocab, exps, segments, how);
-  return entropy ? scan<T, true, false>(row, vocab, exps, segments, how)
-                 : scan<T, false, false>(row, vocab, exps, segments, how);
+    return entropy ? scan<T, true, true>(row, vocab, sloped, exps, segments, how)
+                   : scan<T, false, true>(row, vocab, sloped, exps, segments, how);
+  return entropy ? scan<T, true, false>(row, vocab, sloped, exps, segments, how)
+                 : scan<T, false, false>(row, vocab, sloped, exps, segments, how);
 }
 
 template <class T>
-RowSums scan_row(const void* x, std::int64_t vocab, bool entropy, float* exps, Segment* segments,
-                 const Readout& readout) {
-  IRL_WITH_READOUT(scan_as<T>, x, vocab, entropy, exps, segments);
+RowSums scan_row(const void* x, std::int64_t vocab, bool entropy, bool sloped, float* exps,
+                 Segment* segments, const Readout& readout) {
+  IRL_WITH_READOUT(scan_as<T>, x, vocab, entropy, sloped, exps, segments);
 }
 
 // Traffic: one write of y; exps and x come from the cache.
@@ -135,7 +135,7 @@ void write_segments(const T* x, T* y, std::int64_t vocab, const float* exps,
     if (factor < 0x1p-100 && -factor < 0x1p-100)  // c would be subnormal, where p need not be
       fill(y, x, begin, end, Direct<Read>{max, log_s, wide_a, wide_b, how}, Stores::cached);
     else if (b == 0)
-      fill_grouped(y, x, begin, end, Scaled<Read>{exps, c, how}, stores);
+      fill_grouped(y, x, begin, end, Scaled{exps, c}, stores);
     else
       fill_grouped(y, x, begin, end, ScaledEntropy<Read>{exps, c, max, log_s, wide_a, wide_b, how},
                    stores);
@@ -169,10 +169,10 @@ void write(const void* x, void* y, std::int64_t vocab, float max, float log_sum,
 template <class Read>
 float read_as(float x, const Read& how) {
   float lanes[kLanes];
-  store(lanes, how.read(splat(x)));
+  store(lanes, read_one(splat(x), how));
   return lanes[0];
 }
-float read_one(float x, const Readout& readout) { IRL_WITH_READOUT(read_as, x); }
+float read_x(float x, const Readout& readout) { IRL_WITH_READOUT(read_as, x); }
 
 // Traffic: one write of y.
 template <class T>
@@ -188,7 +188,7 @@ void scale_row(void* y, std::int64_t vocab, float factor) {
 }
 
 template <class T>
-constexpr RowLoops kLoops = {read_one,         scan_row<T>,   write_scanned<T>, write<T>,
+constexpr RowLoops kLoops = {read_x,           scan_row<T>,   write_scanned<T>, write<T>,
                              write_further<T>, filter_row<T>, survey_row<T>,    squares_of,
                              clear<T>,         scale_row<T>};
 

@@ -61,7 +61,7 @@ void row_measures(const Isa& isa, const Team& team, const Rows& rows, const void
     float* exps = out.log_sum_sq ? scratch.exps() : nullptr;
     for (std::int64_t i = begin; i < end; ++i) {
       const char* x = reader.read(logits, i);
-      const RowSums sums = loops.scan(x, rows.vocab, out.entropy != nullptr, exps,
+      const RowSums sums = loops.scan(x, rows.vocab, out.entropy != nullptr, false, exps,
                                       exps ? scratch.segments() : nullptr, reader.readout);
       const double log_s = log_sum(sums);
       out.row_max[i] = sums.max;

@@ -42,7 +42,7 @@ void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* l
   over_rows(count, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
-      const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, nullptr, nullptr, readout);
+      const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, false, nullptr, nullptr, readout);
       row_max[i] = sums.max;
       logsum[i] = static_cast<float>(log_sum(sums));
       label_logit[i] = label_logit_of(isa, rows, q, labels[i], readout);
@@ -105,7 +105,7 @@ void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const vo
       const float b = entropy_weight ? entropy_weight[i] : 0.0f;
       const bool empty = alpha[i] == 0 && beta[i] == 0 && b == 0;
       const RowSums sums =
-          loops.scan(q, rows.vocab, entropy || b != 0, empty ? nullptr : scratch.exps(),
+          loops.scan(q, rows.vocab, entropy || b != 0, true, empty ? nullptr : scratch.exps(),
                      scratch.segments(), readout);
       const double log_s = log_sum(sums), h = entropy || b != 0 ? entropy_of(sums) : 0.0;
       const double a = alpha[i] + term(beta[i], sums.max + log_s) + term(b, h);

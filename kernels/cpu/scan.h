@@ -29,7 +29,7 @@ template <class T, class Read>
 IRL_INLINE float largest_of(const T* x, std::int64_t n, const Read& how) {
   Lanes m = splat(-kInfinity);
   std::int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) m = max_or_second(how.read(load(x + j)), m);
+  for (; j + kLanes <= n; j += kLanes) m = max_or_second(read_one(load(x + j), how), m);
   if (j < n) m = max_or_second(read_some(x + j, n - j, how), m);
   return largest(m);
 }
@@ -39,10 +39,11 @@ struct Accumulator {
 };
 
 // Adds exp(q - reference) 2^kScanShift, and its product with q - reference; keeps the exponentials
-// where asked. Above the range of exp they mean nothing, and the block is redone.
-template <bool kEntropy, bool kKeep, int kCount>
-IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes reference,
-                           float* keep) {
+// where asked, times dq/dx with `sloped`. Above the range of exp they mean nothing, and the block is
+// redone.
+template <bool kEntropy, bool kKeep, class Read, int kCount>
+IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes reference, bool sloped,
+                           float* keep, const Read& how) {
   Lanes d[kCount], e[kCount];
   for (int k = 0; k < kCount; ++k)
     e[k] = d[k] = max_or_second(splat(kExpZero), sub(q[k], reference));
@@ -51,7 +52,7 @@ IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes refe
   for (int k = 0; k < kCount; ++k) {
     to[k].sum = add(to[k].sum, e[k]);
     if (kEntropy) to[k].weighted = muladd(e[k], d[k], to[k].weighted);
-    if (kKeep) store(keep + k * kLanes, e[k]);
+    if (kKeep) store(keep + k * kLanes, sloped ? how.times_slope(e[k], q[k]) : e[k]);
   }
 }
 
@@ -61,8 +62,8 @@ struct BlockSums {
 };
 
 template <class T, bool kEntropy, bool kKeep, class Read>
-IRL_INLINE BlockSums block_sums(const T* x, std::int64_t n, float reference, float* exps,
-                                const Read& how) {
+IRL_INLINE BlockSums block_sums(const T* x, std::int64_t n, float reference, bool sloped,
+                                float* exps, const Read& how) {
   const Lanes r = splat(reference), zero = splat(0.0f), low = splat(-kInfinity);
   Accumulator a[4] = {{low, zero, zero}, {low, zero, zero}, {low, zero, zero}, {low, zero, zero}};
   std::int64_t j = 0;
@@ -71,12 +72,13 @@ IRL_INLINE BlockSums block_sums(const T* x, std::int64_t n, float reference, flo
     Lanes q[4];
     load_two(x + j, q[0], q[1]);
     load_two(x + j + 2 * kLanes, q[2], q[3]);
-    for (int k = 0; k < 4; ++k) q[k] = how.read(q[k]);
-    accumulate<kEntropy, kKeep>(a, q, r, exps + j);
+    how.read(q);
+    accumulate<kEntropy, kKeep>(a, q, r, sloped, exps + j, how);
   }
   for (; j < n; j += kLanes) {
-    const Lanes q[1] = {n - j < kLanes ? read_some(x + j, n - j, how) : how.read(load(x + j))};
-    accumulate<kEntropy, kKeep>(a, q, r, exps + j);
+    Lanes q[1] = {n - j < kLanes ? load_some(x + j, n - j, -kInfinity) : load(x + j)};
+    how.read(q);
+    accumulate<kEntropy, kKeep>(a, q, r, sloped, exps + j, how);
   }
   const Lanes max =
       max_or_second(max_or_second(a[0].max, a[1].max), max_or_second(a[2].max, a[3].max));
@@ -112,7 +114,8 @@ constexpr double kScanUnit = 1.0 / static_cast<double>(std::int64_t{1} << kScanS
 // One look at each element: the reference is not the row's maximum, which is known at the end only,
 // but at most kSlack below the largest element so far. A block that rises above that is redone.
 template <class T, bool kEntropy, bool kKeep, class Read>
-RowSums scan(const T* x, std::int64_t vocab, float* exps, Segment* segments, const Read& how) {
+RowSums scan(const T* x, std::int64_t vocab, bool sloped, float* exps, Segment* segments,
+             const Read& how) {
   constexpr float kSlack = 1.0f;
   RowSums row = {-kInfinity, 0.0, 0.0, 0};
   Totals<kEntropy> totals;
@@ -123,14 +126,14 @@ RowSums scan(const T* x, std::int64_t vocab, float* exps, Segment* segments, con
   do {
     const std::int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
     float* keep = exps + (kKeep ? begin : 0);
-    BlockSums block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, keep, how);
+    BlockSums block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, sloped, keep, how);
     const bool first_number = row.max == -kInfinity && block.max > -kInfinity;
     if (block.max > reference + kSlack || (first_number && block.max != reference)) {
       if (!first_number)
         totals.move(static_cast<double>(reference) - static_cast<double>(block.max));
       reference = block.max;
       if (kKeep) segments[row.segments++] = {begin, reference};
-      block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, keep, how);
+      block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, sloped, keep, how);
     }
     if (block.max > row.max) row.max = block.max;
     totals.add(block, begin == 0);

@@ -9,12 +9,13 @@ struct Further {
   template <int kCount>
   __attribute__((always_inline)) void apply(std::int64_t, Lanes (&x)[kCount]) const {
     Lanes log_p[kCount], p[kCount];
-    for (int k = 0; k < kCount; ++k) log_p[k] = sub(sub(how.read(x[k]), max), log_sum);
+    how.read(x);
+    for (int k = 0; k < kCount; ++k) log_p[k] = sub(sub(x[k], max), log_sum);
     for (int k = 0; k < kCount; ++k) p[k] = exp_range(log_p[k]);
     exp_ranged(p);
     for (int k = 0; k < kCount; ++k) {
       const Lanes y = add(muladd(mul(d, p[k]), p[k], weigh(p[k], log_p[k], a, b)), e);
-      x[k] = zero_at_minus_inf(Read::kCapped ? mul(y, how.slope(x[k])) : y, x[k]);
+      x[k] = zero_at_minus_inf(how.times_slope(y, x[k]), x[k]);
     }
   }
 };
@@ -47,7 +48,7 @@ template <class T, class Read>
 IRL_INLINE void read_lanes(float* q, const T* x, std::int64_t j, std::int64_t vocab,
                            const Read& how) {
   float lanes[kLanes];
-  store(lanes, vocab - j < kLanes ? read_some(x + j, vocab - j, how) : how.read(load(x + j)));
+  store(lanes, vocab - j < kLanes ? read_some(x + j, vocab - j, how) : read_one(load(x + j), how));
   for (int e = 0; e < kLanes; ++e) q[e] = lanes[lane_of(x, e)];
 }
 

@@ -119,7 +119,7 @@ void check_bounds(const irl::Isa& isa, irl::Dtype dtype, std::int64_t vocab, std
     std::vector<float> exps(static_cast<std::size_t>(vocab + irl::kLanes));
     std::vector<irl::Segment> segments(static_cast<std::size_t>(vocab / irl::kBlock + 2));
     const char* x = q.data() + q.layout.offset(i) * q.size;
-    const irl::RowSums sums = loops.scan(x, vocab, true, exps.data(), segments.data(), {});
+    const irl::RowSums sums = loops.scan(x, vocab, true, true, exps.data(), segments.data(), {});
     std::vector<char> cached(static_cast<std::size_t>(vocab * y.size));
     for (const float b : {0.0f, 0.5f}) {
       char* const out = y.data() + y.layout.offset(i) * y.size;
