@@ -2,7 +2,8 @@
 
 The operating system clears every page of a fresh allocation at its first touch, which takes longer
 than computing the gradient that is written there. So the memory of a gradient that is gone is kept,
-and the next one of its size is written into it.
+and the next one of its size is written into it. Chunks of logits that become their gradient are
+such memory too.
 
 * At most ``limit()`` bytes are kept idle: 1 GiB (``2**30``), or what the environment variable
   ``IRL_OPS_POOL_BYTES`` says when this module is first imported. 0 keeps nothing: every gradient is
@@ -53,12 +54,21 @@ def empty_like(logits: Tensor) -> Tensor:
         A dense tensor of the same shape, dtype and device, with the strides that
         ``torch.empty_like`` gives. Its values are those of any earlier tensor.
     """
-    if not _serves(logits) or not limit():
+    if not _serves(logits, logits.numel()):
         return torch.empty_like(logits)
     strides = logits.stride()
     if not logits.is_contiguous():
         strides = torch.empty_like(logits, device="meta").stride()
     tensor: Tensor = from_dlpack(_native.pool_empty(logits.shape, strides, _DTYPES[logits.dtype]))
+    return tensor
+
+
+def new_empty(x: Tensor, rows: int, columns: int) -> Tensor:
+    """``x.new_empty(rows, columns)``, from the pool as in ``empty_like``."""
+    if not _serves(x, rows * columns):
+        return x.new_empty(rows, columns)
+    shape, strides = (rows, columns), (columns, 1)
+    tensor: Tensor = from_dlpack(_native.pool_empty(shape, strides, _DTYPES[x.dtype]))
     return tensor
 
 
@@ -92,14 +102,16 @@ def release() -> int:
     return _native.pool_release() if _DTYPES else 0
 
 
-def _serves(logits: Tensor) -> bool:
+def _serves(x: Tensor, elements: int) -> bool:
+    """Whether as many elements like those of ``x`` come from the pool."""
     return (
         not torch.compiler.is_compiling()
-        and type(logits) in PLAIN  # a subclass makes its own
-        and logits.numel() * logits.element_size() >= _SMALLEST
-        and logits.dtype in _DTYPES
-        and logits.device.type == "cpu"
-        and logits.layout is torch.strided
+        and type(x) in PLAIN  # a subclass makes its own
+        and elements * x.element_size() >= _SMALLEST
+        and x.dtype in _DTYPES
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and limit() > 0
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import irl_ops.torch as irl
 from irl_ops.torch import pool
 
 MIB = 2**20
@@ -58,6 +59,18 @@ def test_the_memory_of_a_tensor_that_is_gone_is_used_again() -> None:
     second = pool.empty_like(like())
     assert second.data_ptr() == address and pool.idle() == 0
     assert address % (2 * MIB) == 0  # where a huge page may begin
+
+
+def test_a_chunk_of_logits_comes_from_the_pool_and_goes_back() -> None:
+    hidden = torch.randn(2, 64, 4, requires_grad=True)
+    weight = torch.randn(16384, 4)  # 4 MiB of logits in 64 rows
+    labels = torch.zeros(2, 64, dtype=torch.int64)
+    for _ in range(2):
+        irl.linear_iqlearn_loss(hidden, weight, labels, chunk_size=64).backward()
+        assert pool.idle() == 4 * MIB
+    pool.set_limit(0)
+    irl.linear_iqlearn_loss(hidden, weight, labels, chunk_size=64).backward()
+    assert pool.idle() == 0
 
 
 def test_live_tensors_share_nothing() -> None:
