@@ -78,11 +78,15 @@ irl::algebra::Outputs outputs(Address dlogits, const Axes& sizes, Axes strides, 
   return out;
 }
 
+irl::algebra::Kept kept_at(const std::vector<Address>& at) {
+  return {pointer<float>(at.at(0)), pointer<float>(at.at(1)), pointer<float>(at.at(2))};
+}
+
 py::object loss(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
                 std::int64_t vocab, const Call& options, Address labels, double above,
-                Address above_rows, Address dlogits, Axes dlogits_strides, Address row_losses,
-                Address dvalues, Address dnext_values, std::int64_t threads, double logit_scale,
-                double softcap, const std::string& isa) {
+                Address above_rows, const std::vector<Address>& kept, Address dlogits,
+                Axes dlogits_strides, Address row_losses, Address dvalues, Address dnext_values,
+                std::int64_t threads, double logit_scale, double softcap, const std::string& isa) {
   const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, threads, isa);
   Call call = call_on(options, labels, sizes);
   call.above = {above, pointer<const float>(above_rows)};
@@ -94,11 +98,26 @@ py::object loss(Address logits, const std::string& dtype, const Axes& sizes, Axe
   {
     py::gil_scoped_release released;
     bad = irl::algebra::loss(shape.isa, shape.threads, shape.rows, pointer<const void>(logits),
-                             readout, call, out, sums);
+                             readout, call, kept_at(kept), out, sums);
   }
   if (bad >= 0) return py::int_(bad);
   return py::make_tuple(sums.loss, sums.nll, sums.value, sums.entropy, sums.td, sums.reward,
                         sums.accuracy, sums.z, sums.tokens);
+}
+
+void loss_grad(Address logits, const std::string& dtype, const Axes& sizes, Axes strides,
+               std::int64_t vocab, const Call& options, Address labels, double above,
+               Address above_rows, const std::vector<Address>& kept, Address dlogits,
+               Axes dlogits_strides, Address dvalues, Address dnext_values, std::int64_t threads,
+               double logit_scale, double softcap, const std::string& isa) {
+  const Shape shape = shape_of(dtype, sizes, std::move(strides), vocab, threads, isa);
+  Call call = call_on(options, labels, sizes);
+  call.above = {above, pointer<const float>(above_rows)};
+  const irl::Readout readout = parse_readout(logit_scale, softcap);
+  const auto out = outputs(dlogits, sizes, std::move(dlogits_strides), 0, dvalues, dnext_values);
+  py::gil_scoped_release released;
+  irl::algebra::loss_grad(shape.isa, shape.threads, shape.rows, pointer<const void>(logits),
+                          readout, call, kept_at(kept), out);
 }
 
 irl::algebra::TokenStats stats_at(const std::vector<Address>& at) {
@@ -228,8 +247,13 @@ void define_calls(py::module_& module) {
       .def_property("next_values", nullptr, address_of(heads, &Heads::next_values))
       .def_property("detach_next", nullptr, value_of(heads, &Heads::detach_next));
   module.def("loss", &loss, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"), arg("vocab"),
-             arg("call"), arg("labels"), arg("above"), arg("above_rows"), arg("dlogits"),
-             arg("dlogits_strides"), arg("row_losses"), arg("dvalues"), arg("dnext_values"),
+             arg("call"), arg("labels"), arg("above"), arg("above_rows"), arg("kept"),
+             arg("dlogits"), arg("dlogits_strides"), arg("row_losses"), arg("dvalues"),
+             arg("dnext_values"), arg("threads"), arg("logit_scale") = 1.0, arg("softcap") = 0.0,
+             arg("isa") = "");
+  module.def("loss_grad", &loss_grad, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
+             arg("vocab"), arg("call"), arg("labels"), arg("above"), arg("above_rows"), arg("kept"),
+             arg("dlogits"), arg("dlogits_strides"), arg("dvalues"), arg("dnext_values"),
              arg("threads"), arg("logit_scale") = 1.0, arg("softcap") = 0.0, arg("isa") = "");
   module.def("token_stats", &token_stats, arg("logits"), arg("dtype"), arg("sizes"), arg("strides"),
              arg("vocab"), arg("call"), arg("labels"), arg("out"), arg("threads"),

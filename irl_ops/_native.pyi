@@ -131,6 +131,7 @@ def loss(
     labels: int,
     above: float,
     above_rows: int,
+    kept: Sequence[int],
     dlogits: int,
     dlogits_strides: Sequence[int],
     row_losses: int,
@@ -141,8 +142,32 @@ def loss(
     softcap: float = 0.0,
     isa: str = "",
 ) -> tuple[float, float, float, float, float, float, float, float, float] | int:
-    """Loss, nll, value, entropy, td, reward, accuracy, z, tokens; or a row with a bad label."""
+    """Loss, nll, value, entropy, td, reward, accuracy, z, tokens; or a row with a bad label.
 
+    Without ``dlogits``, row_max, logsum and entropy of all rows are left at ``kept``, where that is
+    not 0.
+    """
+
+def loss_grad(
+    logits: int,
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    vocab: int,
+    call: Call,
+    labels: int,
+    above: float,
+    above_rows: int,
+    kept: Sequence[int],
+    dlogits: int,
+    dlogits_strides: Sequence[int],
+    dvalues: int,
+    dnext_values: int,
+    threads: int,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    isa: str = "",
+) -> None: ...
 def row_measures(
     logits: int,
     dtype: str,

@@ -22,6 +22,8 @@ BACKENDS: dict[str, ModuleType] = {  # fastest first
     "reference": plain,
 }
 
+ON_CPU = tuple(name for name in BACKENDS if name != "triton")
+
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that work on this machine, fastest first.
@@ -57,10 +59,7 @@ def choose(name: str, logits: Tensor, measures: bool = False) -> str:
     device, dtype = logits.device, logits.dtype
     if name == "auto":
         # Triton on a CPU is its interpreter, which is asked for by name
-        on_cpu = device.type == "cpu"
-        for known in BACKENDS:
-            if known == "triton" and on_cpu:
-                continue
+        for known in ON_CPU if logits.is_cpu else BACKENDS:
             if reason_against(known, device, dtype, measures) is None:
                 return known
     if name not in tuple(BACKENDS):

@@ -11,7 +11,7 @@ from irl_ops.call import Call
 from irl_ops.torch import pool
 from irl_ops.torch.backends import BACKENDS
 from irl_ops.torch.refusals import refuse_second_derivative, refuse_second_pass
-from irl_ops.torch.whole import loss_by
+from irl_ops.torch.whole import gradient_later, loss_by, loss_for_later
 
 
 def asks_for_gradient(*arrays: Tensor | None) -> bool:
@@ -81,10 +81,10 @@ class Later(torch.autograd.Function):
         box: list[Any],
     ) -> Tensor:
         """The loss; the metrics go into ``box``."""
-        outcome = loss_by(backend)(call, logits, labels, None, None)
+        outcome, kept = loss_for_later(backend, call, logits, labels)
         # an alias, since the caller's own tensor is poisoned where the gradient takes its storage
-        kept = logits.detach() if inplace else logits
-        ctx.save_for_backward(kept, values, next_values, labels)
+        logits = logits.detach() if inplace else logits
+        ctx.save_for_backward(logits, values, next_values, labels, *kept)
         ctx.call, ctx.backend, ctx.inplace, ctx.handed_over = call, backend, inplace, False
         box.append(outcome.metrics)
         return outcome.loss
@@ -95,14 +95,16 @@ class Later(torch.autograd.Function):
         refuse_second_derivative()
         if ctx.handed_over:
             refuse_second_pass()
-        logits, values, next_values, labels = ctx.saved_tensors
+        logits, values, next_values, labels, *kept = ctx.saved_tensors
         dlogits = logits if ctx.inplace else pool.empty_like(logits)
         call: Call = ctx.call
         if call.metrics or not call.plain:
             heads = call.heads._replace(values=values, next_values=next_values)
             call = call._replace(heads=heads, metrics=False)
-        outcome = loss_by(ctx.backend)(call, logits, labels, dlogits, dloss)
+        dvalues, dnext_values = gradient_later(
+            ctx.backend, call, logits, labels, dlogits, dloss, tuple(kept)
+        )
         if ctx.inplace:
             ctx.handed_over = True
             torch.autograd.graph.increment_version(logits)
-        return dlogits, outcome.dvalues, outcome.dnext_values, *[None] * 5
+        return dlogits, dvalues, dnext_values, *[None] * 5

@@ -11,9 +11,9 @@
 
 namespace irl {
 
-// From element `begin` on, until the next segment, the scratch holds exp(q - reference), times dq/dx
-// without logit_scale where that is asked for, up to a power of two and an order of the elements
-// which are the instruction set's own.
+// From element `begin` on, until the next segment, the scratch holds exp(q - reference), times
+// dq/dx without logit_scale where that is asked for, up to a power of two and an order of the
+// elements which are the instruction set's own.
 struct Segment {
   std::int64_t begin;
   float reference;

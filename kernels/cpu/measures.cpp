@@ -70,8 +70,8 @@ void row_measures(const Isa& isa, const Team& team, const Rows& rows, const void
         out.picked[k] = label_logit_of(isa, rows, x, ids[k], reader.readout);
       if (out.entropy) {  // which rounding may take out of its range
         const double most = std::log(static_cast<double>(rows.vocab));
-        out.entropy[i] =
-            static_cast<float>(std::min(std::max(entropy_of(sums), 0.0), std::max(most, 0.0)));
+        out.entropy[i] = static_cast<float>(
+            std::min(std::max(entropy_of(sums, log_s), 0.0), std::max(most, 0.0)));
       }
       if (exps) {
         const double squares = loops.squares(rows.vocab, exps, scratch.segments(), sums);

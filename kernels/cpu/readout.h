@@ -1,7 +1,7 @@
 // How logits become Q-values, after the lanes of an instruction set and exp.h: q = x, q = scale x,
 // or q = softcap tanh(scale x / softcap). slope is dq/dx where the logit is q, without logit_scale,
-// which the caller's coefficients carry. An x of -inf stays -inf under a cap as well: what is masked
-// has no mass.
+// which the caller's coefficients carry. An x of -inf stays -inf under a cap as well: what is
+// masked has no mass.
 //
 // Each q is rounded before anything is done with it, so that a row's maximum, its exponentials and
 // its label's logit are of the same numbers: log p <= 0 rests on that.

@@ -58,8 +58,8 @@ class Scratch {
 inline double log_sum(const RowSums& sums) { return std::log(sums.sum); }
 
 // No mass, as in a row of -inf: the empty sum of p log p.
-inline double entropy_of(const RowSums& sums) {
-  return sums.sum == 0 ? 0.0 : log_sum(sums) - sums.weighted / sums.sum;
+inline double entropy_of(const RowSums& sums, double log_s) {
+  return sums.sum == 0 ? 0.0 : log_s - sums.weighted / sums.sum;
 }
 
 inline float label_logit_of(const Isa& isa, const Rows& rows, const char* x, std::int64_t label,

@@ -42,11 +42,13 @@ void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* l
   over_rows(count, rows.vocab, team, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
-      const RowSums sums = loops.scan(q, rows.vocab, entropy != nullptr, false, nullptr, nullptr, readout);
+      const RowSums sums =
+          loops.scan(q, rows.vocab, entropy != nullptr, false, nullptr, nullptr, readout);
+      const double log_s = log_sum(sums);
       row_max[i] = sums.max;
-      logsum[i] = static_cast<float>(log_sum(sums));
+      logsum[i] = static_cast<float>(log_s);
       label_logit[i] = label_logit_of(isa, rows, q, labels[i], readout);
-      if (entropy) entropy[i] = static_cast<float>(entropy_of(sums));
+      if (entropy) entropy[i] = static_cast<float>(entropy_of(sums, log_s));
     }
   });
 }
@@ -62,7 +64,7 @@ void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* lo
     for (std::int64_t i = begin; i < end; ++i) {
       const char* q = row_at(logits, rows, i);
       char* y = row_at(dlogits, rows, dlogits_layout, i);
-      const bool labelled = labels[i] >= 0 && labels[i] < rows.vocab;
+      const bool labelled = labels && labels[i] >= 0 && labels[i] < rows.vocab;
       const bool empty = a[i] == 0 && b[i] == 0;
       // Read before y, which may be q, is written.
       const float picked = labelled && (!empty || readout.softcap != 0)
@@ -107,7 +109,7 @@ void row_stats_grad(const Isa& isa, const Team& team, const Rows& rows, const vo
       const RowSums sums =
           loops.scan(q, rows.vocab, entropy || b != 0, true, empty ? nullptr : scratch.exps(),
                      scratch.segments(), readout);
-      const double log_s = log_sum(sums), h = entropy || b != 0 ? entropy_of(sums) : 0.0;
+      const double log_s = log_sum(sums), h = entropy || b != 0 ? entropy_of(sums, log_s) : 0.0;
       const double a = alpha[i] + term(beta[i], sums.max + log_s) + term(b, h);
       row_max[i] = sums.max;
       logsum[i] = static_cast<float>(log_s);

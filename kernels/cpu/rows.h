@@ -32,7 +32,7 @@ void row_stats(const Isa& isa, const Team& team, const Rows& rows, const void* l
                float* entropy, const Readout& readout = {});
 
 // dlogits_j = p_j (a + b log p_j) + c [j = label], log p_j = (q_j - row_max) - logsum. Without a
-// label there is no c; a bad label gets none either.
+// label there is no c; a bad label gets none either. labels and c are null where no row has one.
 // Traffic: one read of the logits and one write of dlogits; rows of a = b = 0 are not read.
 void row_grad(const Isa& isa, const Team& team, const Rows& rows, const void* logits,
               const std::int64_t* labels, const float* row_max, const float* logsum, const float* a,

@@ -39,8 +39,8 @@ struct Accumulator {
 };
 
 // Adds exp(q - reference) 2^kScanShift, and its product with q - reference; keeps the exponentials
-// where asked, times dq/dx with `sloped`. Above the range of exp they mean nothing, and the block is
-// redone.
+// where asked, times dq/dx with `sloped`. Above the range of exp they mean nothing, and the block
+// is redone.
 template <bool kEntropy, bool kKeep, class Read, int kCount>
 IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes reference, bool sloped,
                            float* keep, const Read& how) {

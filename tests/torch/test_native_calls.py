@@ -89,7 +89,7 @@ class Crossings:
         (
             lambda q, y: irl.iqlearn_loss(q, y, reduction="none", backend="native").sum(),
             ["loss"],
-            ["loss"],
+            ["loss_grad"],
         ),
         (
             lambda q, y: irl.token_stats(q, y, backend="native").reward.sum(),

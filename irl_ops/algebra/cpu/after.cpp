@@ -9,13 +9,19 @@ namespace irl::algebra {
 
 namespace {
 
-// p (A + B log p) + C; with expm1 the A - A of a confident row cancels exactly. An infinite A
+// p - 1 of log p <= 0; where p is no longer near 1 nothing cancels, and exp takes half of expm1's
+// time.
+double expm1_of(double logprob) {
+  return logprob < -1 ? std::exp(logprob) - 1 : std::expm1(logprob);
+}
+
+// p (A + B log p) + C; with p - 1 the A - A of a confident row cancels exactly. An infinite A
 // stays.
 double label_gradient(double a, double b, double c, double logprob) {
   if (a == 0 && b == 0) return c;
   if (std::isinf(a)) return a;
   const double finite = logprob > -HUGE_VAL ? logprob : 0.0;
-  return a * std::expm1(logprob) + (a + c) + masked(b, b * std::exp(logprob) * finite);
+  return a * expm1_of(logprob) + (a + c) + masked(b, b * std::exp(logprob) * finite);
 }
 
 double own_value(const Statistics& stats, std::size_t i) {
@@ -23,6 +29,14 @@ double own_value(const Statistics& stats, std::size_t i) {
 }
 
 }  // namespace
+
+double slope_of_value(const Coefficients& given, const Statistics& stats, std::size_t i) {
+  if (given.alpha[i] == -HUGE_VALF) return 0.0;
+  const double b = given.entropy_weight.empty() ? 0.0 : given.entropy_weight[i];
+  const double h = b == 0 ? 0.0 : stats.entropy[i];
+  const double beta = given.beta[i];
+  return given.alpha[i] + beta * masked(beta, own_value(stats, i)) + b * h;
+}
 
 Finished finish(const Call& call, const Rows& rows, const Objective& loss,
                 const Coefficients* given, const Statistics& stats) {
@@ -46,10 +60,8 @@ Finished finish(const Call& call, const Rows& rows, const Objective& loss,
                        call.terms.gamma * done.next_value[i];
     if (call.terms.has_td) done.slope[i] = 2 * loss.td[i] * masked(loss.td[i], done.reward[i]);
     if (!given) continue;
+    const double a = slope_of_value(*given, stats, i);
     const double b = call.terms.has_entropy ? given->entropy_weight[i] : 0.0;
-    const double h = call.terms.has_entropy ? stats.entropy[i] : 0.0;
-    const double beta = given->beta[i];
-    const double a = given->alpha[i] + beta * masked(beta, own_value(stats, i)) + b * masked(b, h);
     done.element[i] =
         static_cast<float>(label_gradient(a, b, done.slope[i] - loss.mle[i], done.logprob[i]));
   }

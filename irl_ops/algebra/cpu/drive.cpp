@@ -7,7 +7,8 @@
 namespace irl::algebra {
 
 std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
-                  const Readout& readout, const Call& call, const Outputs& out, Total& sums) {
+                  const Readout& readout, const Call& call, const Kept& kept, const Outputs& out,
+                  Total& sums) {
   const auto n = static_cast<std::size_t>(shape.layout.rows());
   const Rows rows = align(call, shape.layout.rows(), shape.vocab);
   if (rows.bad >= 0) return rows.bad;
@@ -18,6 +19,9 @@ std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, cons
   if (!out.dlogits) {
     row_stats(isa, team, shape, logits, rows.labels.data(), stats.row_max.data(),
               stats.logsum.data(), stats.label_logit.data(), entropy, readout);
+    if (kept.row_max) std::copy(stats.row_max.begin(), stats.row_max.end(), kept.row_max);
+    if (kept.logsum) std::copy(stats.logsum.begin(), stats.logsum.end(), kept.logsum);
+    if (kept.entropy) std::copy(stats.entropy.begin(), stats.entropy.end(), kept.entropy);
     const Finished done = finish(call, rows, weights, nullptr, stats);
     sums = total(call, rows, weights, stats, done, out.row_losses);
     return -1;
@@ -34,6 +38,28 @@ std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, cons
   head_gradients(call, rows, done, out.dvalues, out.dnext_values);
   sums = total(call, rows, weights, stats, done, out.row_losses);
   return -1;
+}
+
+void loss_grad(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
+               const Readout& readout, const Call& call, const Kept& kept, const Outputs& out) {
+  const auto n = static_cast<std::size_t>(shape.layout.rows());
+  const Rows rows = align(call, shape.layout.rows(), shape.vocab);
+  const Objective weights = weigh(call, rows);
+  Statistics stats = {
+      {kept.row_max, kept.row_max + n}, {kept.logsum, kept.logsum + n}, std::vector<float>(n), {}};
+  if (kept.entropy) stats.entropy.assign(kept.entropy, kept.entropy + n);
+  label_logit(shape, logits, rows.labels.data(), stats.label_logit.data(), readout);
+  const Coefficients given = coefficients(call, rows, weights, stats.label_logit);
+  const Finished done = finish(call, rows, weights, &given, stats);
+  head_gradients(call, rows, done, out.dvalues, out.dnext_values);
+  if (!out.dlogits) return;  // without rows
+  std::vector<float> a(n), b = given.entropy_weight;
+  for (std::size_t i = 0; i < n; ++i) a[i] = static_cast<float>(slope_of_value(given, stats, i));
+  b.resize(n);
+  row_grad(isa, team, shape, logits, nullptr, kept.row_max, kept.logsum, a.data(), b.data(),
+           nullptr, out.dlogits, out.layout, readout);
+  set_label({shape.dtype, shape.vocab, out.layout}, out.dlogits, rows.labels.data(),
+            done.element.data(), stats.label_logit.data(), readout);
 }
 
 std::int64_t token_stats(const Isa& isa, const Team& team, const irl::Rows& shape,

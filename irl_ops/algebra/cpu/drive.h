@@ -19,11 +19,21 @@ struct Outputs {
   float* dnext_values = nullptr;
 };
 
+// Row statistics that a loss without a gradient leaves for loss_grad: null where there will be
+// none, entropy without an entropy term.
+struct Kept {
+  float *row_max = nullptr, *logsum = nullptr, *entropy = nullptr;
+};
+
 // The loss and its metrics; the gradients of `above` times the loss. Returns the first row whose
 // label is out of range, -1 where there is none: then nothing was computed.
 // Traffic: that of row_stats_grad, without dlogits that of row_stats; and O(rows).
 std::int64_t loss(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
-                  const Readout& readout, const Call& call, const Outputs& out, Total& total);
+                  const Readout& readout, const Call& call, const Kept& kept, const Outputs& out,
+                  Total& total);
+// The gradients alone, of a call whose loss left what was `kept`. Traffic: that of row_grad.
+void loss_grad(const Isa& isa, const Team& team, const irl::Rows& shape, const void* logits,
+               const Readout& readout, const Call& call, const Kept& kept, const Outputs& out);
 
 // One number per row each; entropy may be null. row_max, logsum and labels are what the gradient
 // needs, null where there will be none.

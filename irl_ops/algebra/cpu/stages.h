@@ -1,6 +1,7 @@
 // The stages of a call, those of irl_ops/algebra under the same names: scalar algebra on one number
 // per row, in double. They know no kernel and no logits.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -60,6 +61,9 @@ Coefficients coefficients(const Call& call, const Rows& rows, const Objective& l
 // Without coefficients, the elements at the labels are left out: nobody asks for a gradient.
 Finished finish(const Call& call, const Rows& rows, const Objective& loss,
                 const Coefficients* given, const Statistics& stats);
+// A of row i, from what was known before the pass and what the pass found; 0 in a row that nobody
+// needs.
+double slope_of_value(const Coefficients& given, const Statistics& stats, std::size_t i);
 void head_gradients(const Call& call, const Rows& rows, const Finished& done, float* dvalues,
                     float* dnext_values);
 // row_losses may be null.
