@@ -30,7 +30,7 @@ def loss_for_later(
     backend: str, call: Call, logits: Tensor, labels: Tensor
 ) -> tuple[Outcome, native_loss.Kept]:
     """The loss without a gradient, and what saves ``gradient_later`` a part of its work."""
-    if backend == "native":
+    if loss_by(backend) is native_loss.loss:
         return native_loss.loss_keeping(call, logits, labels)
     return loss_by(backend)(call, logits, labels, None, None), (None, None, None)
 

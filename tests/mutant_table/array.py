@@ -182,6 +182,20 @@ MUTANTS = [
         "tests/torch/test_linear.py::test_two_chunk_sizes_agree[mean]",
     ),
     Mutant(
+        "linear: a piece of the logits has the bias of the first",
+        CHUNKS,
+        "start = into if bias is None else bias[part]",
+        "start = into if bias is None else bias[: part.stop - part.start]",
+        "tests/torch/test_linear_tiles.py::test_statistics_of_tiles[False-native]",
+    ),
+    Mutant(
+        "linear: chunks before the last are not added",
+        CHUNKS,
+        "self.blank = False\n            else",
+        "self.blank = True\n            else",
+        "tests/torch/test_linear.py::test_two_chunk_sizes_agree[mean]",
+    ),
+    Mutant(
         "linear: a given sum misses the factor from above",
         CHUNKS,
         "ctx.total.addcmul_(gradients[1], factor)",

@@ -1,6 +1,6 @@
 """Breaks of the algebra in C++."""
 
-from .mutant import CASES, CPU, STAGES_IN_CPP, Mutant, cpu
+from .mutant import CASES, CPU, KERNELS, STAGES_IN_CPP, Mutant, cpu, on
 
 MUTANTS = [
     cpu(
@@ -54,9 +54,30 @@ MUTANTS = [
     ),
     cpu(
         "the label's element goes by a soft cap",
-        "done.element.data(), stats.label_logit.data(), readout);",
-        "done.element.data());",
+        "done.element.data(), stats.label_logit.data(), readout);\n  head_gradients",
+        "done.element.data());\n  head_gradients",
         "scaled and capped",
+    ),
+    cpu(
+        "the label's element of a later gradient goes by a soft cap",
+        "done.element.data(), stats.label_logit.data(), readout);\n}",
+        "done.element.data());\n}",
+        "scaled and capped",
+        "none",
+    ),
+    cpu(
+        "a later gradient has no entropy term",
+        "std::vector<float> a(n), b = given.entropy_weight;",
+        "std::vector<float> a(n), b;",
+        "entropy",
+        "none",
+    ),
+    cpu(
+        "a later gradient is that of a row that nobody needs",
+        "if (given.alpha[i] == -HUGE_VALF) return 0.0;",
+        "",
+        "NaN where nobody looks",
+        "none",
     ),
     cpu(
         "the neighbour's weight is the row's own",
@@ -136,8 +157,22 @@ MUTANTS = [
         # In double p (A + ...) + C is as exact as expm1: the sum 1 + exp, rounded to double, rules.
         "C++: a confident row's p is rounded",
         CPU,
-        "a * std::expm1(logprob) + (a + c) +",
+        "a * expm1_of(logprob) + (a + c) +",
         "a * static_cast<float>(std::exp(logprob)) + c +",
         f"{CASES}test_a_confident_row_in_torch[native]",
+    ),
+    Mutant(
+        "C++: what a scan keeps has no slopes",
+        KERNELS,
+        "entropy || b != 0, true, empty",
+        "entropy || b != 0, false, empty",
+        on("native", "capped"),
+    ),
+    Mutant(
+        "C++: a masked logit under a cap has a slope",
+        KERNELS,
+        "mul(a, max_or_second(splat(0.0f), sub(splat(1.0f), mul(t, t))))",
+        "mul(a, sub(splat(1.0f), mul(t, t)))",
+        "tests/kernels/test_native.py::TestNative::test_ends_of_a_cap",
     ),
 ]
