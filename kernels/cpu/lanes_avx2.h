@@ -43,6 +43,17 @@ IRL_INLINE float largest(Lanes a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+// The sum in double: one half of the lanes is added to the other, until one lane is left.
+IRL_INLINE double sum_of(Lanes a) {
+  const __m256d first = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v[0])),
+                                      _mm256_cvtps_pd(_mm256_castps256_ps128(a.v[1])));
+  const __m256d second = _mm256_add_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v[0], 1)),
+                                       _mm256_cvtps_pd(_mm256_extractf128_ps(a.v[1], 1)));
+  const __m256d four = _mm256_add_pd(first, second);
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
 // a, but 0 where x is -inf.
 IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {
   const __m256 low = _mm256_set1_ps(-__builtin_inff());

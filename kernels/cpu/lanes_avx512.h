@@ -24,6 +24,16 @@ IRL_INLINE Lanes min_or_second(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.
 // Of lanes without a NaN.
 IRL_INLINE float largest(Lanes a) { return _mm512_reduce_max_ps(a.v); }
 
+// The sum in double: one half of the lanes is added to the other, until one lane is left.
+IRL_INLINE double sum_of(Lanes a) {
+  const __m512d eight = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)),
+                                      _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  const __m256d four =
+      _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
 // a, but 0 where x is -inf.
 IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);

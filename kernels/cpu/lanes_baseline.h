@@ -68,6 +68,15 @@ IRL_INLINE float largest(Lanes a) {
   return low > high ? low : high;
 }
 
+// The sum in double: one half of the lanes is added to the other, until one lane is left.
+IRL_INLINE double sum_of(Lanes a) {
+  double sums[8];
+  for (int l = 0; l < 8; ++l)
+    sums[l] = static_cast<double>(a.v[l / 4][l % 4]) + static_cast<double>(a.v[2 + l / 4][l % 4]);
+  for (int l = 0; l < 4; ++l) sums[l] += sums[l + 4];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
 // a, but 0 where x is -inf.
 IRL_INLINE Lanes zero_at_minus_inf(Lanes a, Lanes x) {
   IRL_EACH(choose(x.v[k] == four(-__builtin_inff()), four(0.0f), a.v[k]));

@@ -66,8 +66,9 @@ inline float label_logit_of(const Isa& isa, const Rows& rows, const char* x, std
                             const Readout& readout) {
   if (label < 0) return 0.0f;
   if (label >= rows.vocab) return std::numeric_limits<float>::quiet_NaN();
-  return isa.loops[static_cast<int>(rows.dtype)].read(
-      read_element(rows.dtype, x + label * size_of(rows.dtype)), readout);
+  const float picked = read_element(rows.dtype, x + label * size_of(rows.dtype));
+  if (readout.logit_scale == 1 && readout.softcap == 0) return picked;
+  return isa.loops[static_cast<int>(rows.dtype)].read(picked, readout);
 }
 
 // The derivative by x of what has the derivative `by_q`, where the logit is q. A 0 stays one, where

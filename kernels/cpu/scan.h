@@ -57,8 +57,7 @@ IRL_INLINE void accumulate(Accumulator* to, const Lanes (&q)[kCount], Lanes refe
 }
 
 struct BlockSums {
-  Lanes sum, weighted;
-  float max;
+  Lanes sum, weighted, max;
 };
 
 template <class T, bool kEntropy, bool kKeep, class Read>
@@ -80,10 +79,9 @@ IRL_INLINE BlockSums block_sums(const T* x, std::int64_t n, float reference, boo
     how.read(q);
     accumulate<kEntropy, kKeep>(a, q, r, sloped, exps + j, how);
   }
-  const Lanes max =
-      max_or_second(max_or_second(a[0].max, a[1].max), max_or_second(a[2].max, a[3].max));
   return {add(add(a[0].sum, a[1].sum), add(a[2].sum, a[3].sum)),
-          add(add(a[0].weighted, a[1].weighted), add(a[2].weighted, a[3].weighted)), largest(max)};
+          add(add(a[0].weighted, a[1].weighted), add(a[2].weighted, a[3].weighted)),
+          max_or_second(max_or_second(a[0].max, a[1].max), max_or_second(a[2].max, a[3].max))};
 }
 
 // sum_j exp(q_j - reference), and the same weighted by q_j - reference, in sixteen lanes.
@@ -119,23 +117,34 @@ RowSums scan(const T* x, std::int64_t vocab, bool sloped, float* exps, Segment* 
   constexpr float kSlack = 1.0f;
   RowSums row = {-kInfinity, 0.0, 0.0, 0};
   Totals<kEntropy> totals;
-  float reference = largest_of(x, vocab < kBlock ? vocab : kBlock, how);
-  if (reference == -kInfinity) reference = 0.0f;
+  const bool short_row = vocab <= kBlock;
+  const float first_max = largest_of(x, short_row ? vocab : kBlock, how);
+  float reference = first_max == -kInfinity ? 0.0f : first_max;
   if (kKeep) segments[row.segments++] = {0, reference};
   std::int64_t begin = 0;
+  bool redone = false;
   do {
     const std::int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
     float* keep = exps + (kKeep ? begin : 0);
-    BlockSums block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, sloped, keep, how);
-    const bool first_number = row.max == -kInfinity && block.max > -kInfinity;
-    if (block.max > reference + kSlack || (first_number && block.max != reference)) {
-      if (!first_number)
-        totals.move(static_cast<double>(reference) - static_cast<double>(block.max));
-      reference = block.max;
-      if (kKeep) segments[row.segments++] = {begin, reference};
-      block = block_sums<T, kEntropy, kKeep>(x + begin, n, reference, sloped, keep, how);
+    const BlockSums block =
+        block_sums<T, kEntropy, kKeep>(x + begin, n, reference, sloped, keep, how);
+    if (short_row) {  // the reference is its maximum
+      row.max = first_max;
+      row.sum = kScanUnit * sum_of(block.sum);
+      if (kEntropy) row.weighted = kScanUnit * sum_of(block.weighted);
+      return row;
     }
-    if (block.max > row.max) row.max = block.max;
+    const float max = largest(block.max);
+    const bool first_number = row.max == -kInfinity && max > -kInfinity;
+    if (!redone && (max > reference + kSlack || (first_number && max != reference))) {
+      if (!first_number) totals.move(static_cast<double>(reference) - static_cast<double>(max));
+      reference = max;
+      if (kKeep) segments[row.segments++] = {begin, reference};
+      redone = true;
+      continue;
+    }
+    redone = false;
+    if (max > row.max) row.max = max;
     totals.add(block, begin == 0);
     begin += kBlock;
   } while (begin < vocab);
