@@ -59,8 +59,9 @@ class Linear:
         if wanted[1] and total is None:
             # The first chunk's product can be written where those of others are added.
             self.blank = sums == weight.dtype and hidden.shape[0] > 0
-            make = torch.empty_like if self.blank else torch.zeros_like
-            self.dweight = make(weight, dtype=sums)
+            self.dweight = (
+                pool.empty_like(weight) if self.blank else torch.zeros_like(weight, dtype=sums)
+            )
         self.dbias = None
         if bias is not None and wanted[2]:
             self.dbias = torch.zeros_like(bias, dtype=sums)

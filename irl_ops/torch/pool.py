@@ -2,8 +2,8 @@
 
 The operating system clears every page of a fresh allocation at its first touch, which takes longer
 than computing the gradient that is written there. So the memory of a gradient that is gone is kept,
-and the next one of its size is written into it. Chunks of logits that become their gradient are
-such memory too.
+and the next one of its size is written into it. Chunks of logits that become their gradient, and
+the gradient of the weight behind them, are such memory too.
 
 * At most ``limit()`` bytes are kept idle: 1 GiB (``2**30``), or what the environment variable
   ``IRL_OPS_POOL_BYTES`` says when this module is first imported. 0 keeps nothing: every gradient is

@@ -61,15 +61,18 @@ def test_the_memory_of_a_tensor_that_is_gone_is_used_again() -> None:
     assert address % (2 * MIB) == 0  # where a huge page may begin
 
 
-def test_a_chunk_of_logits_comes_from_the_pool_and_goes_back() -> None:
-    hidden = torch.randn(2, 64, 4, requires_grad=True)
-    weight = torch.randn(16384, 4)  # 4 MiB of logits in 64 rows
+def test_a_chunk_and_the_gradient_of_weight_come_from_the_pool() -> None:
+    hidden = torch.randn(2, 64, 64, requires_grad=True)
+    weight = torch.randn(16384, 64, requires_grad=True)  # 4 MiB, as the logits of 64 rows
     labels = torch.zeros(2, 64, dtype=torch.int64)
     for _ in range(2):
         irl.linear_iqlearn_loss(hidden, weight, labels, chunk_size=64).backward()
         assert pool.idle() == 4 * MIB
+        weight.grad = None
+        assert pool.idle() == 8 * MIB
     pool.set_limit(0)
     irl.linear_iqlearn_loss(hidden, weight, labels, chunk_size=64).backward()
+    weight.grad = None
     assert pool.idle() == 0
 
 
