@@ -17,33 +17,20 @@ from irl_ops.torch.outcome import Outcome
 
 Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
 """``row_max``, ``logsum`` and ``entropy`` of every row; the last without an entropy term None."""
+NOTHING: Kept = (None, None, None)
 
 METRICS = ("nll", "value", "entropy", "td", "reward", "accuracy", "z", "tokens")
 
 
 def loss(
-    call: Call, logits: Tensor, labels: Tensor, dlogits: Tensor | None, above: Tensor | None
-) -> Outcome:
-    """See ``irl_ops.torch.whole``."""
-    return _loss(call, logits, labels, dlogits, above, (None, None, None))
-
-
-def loss_keeping(call: Call, logits: Tensor, labels: Tensor) -> tuple[Outcome, Kept]:
-    """The loss without a gradient, and the row statistics that ``gradient`` takes."""
-    row_max = row_vector(labels)
-    entropy = None if call.terms.entropy_coef is None else torch.empty_like(row_max)
-    kept = (row_max, torch.empty_like(row_max), entropy)
-    return _loss(call, logits, labels, None, None, kept), kept
-
-
-def _loss(
     call: Call,
     logits: Tensor,
     labels: Tensor,
     dlogits: Tensor | None,
     above: Tensor | None,
-    kept: Kept,
+    kept: Kept = NOTHING,
 ) -> Outcome:
+    """See ``irl_ops.torch.whole``; without ``dlogits`` it writes what is to be ``kept``."""
     fields, rows = fields_of(call, labels), contiguous(labels, torch.int64)
     factor, factors = _factors(above)
     dvalues, dnext_values = (None, None) if dlogits is None else _head_gradients(call, labels)
@@ -69,6 +56,14 @@ def _loss(
     loss = torch.scalar_tensor(total, dtype=torch.float32) if per_row is None else per_row
     metrics = _metrics(call.terms, means) if call.metrics else None
     return Outcome(loss, dvalues, dnext_values, metrics)
+
+
+def loss_keeping(call: Call, logits: Tensor, labels: Tensor) -> tuple[Outcome, Kept]:
+    """The loss without a gradient, and the row statistics that ``gradient`` takes."""
+    row_max = row_vector(labels)
+    entropy = None if call.terms.entropy_coef is None else torch.empty_like(row_max)
+    kept = (row_max, torch.empty_like(row_max), entropy)
+    return loss(call, logits, labels, None, None, kept), kept
 
 
 def gradient(

@@ -59,17 +59,14 @@ def empty_like(logits: Tensor) -> Tensor:
     strides = logits.stride()
     if not logits.is_contiguous():
         strides = torch.empty_like(logits, device="meta").stride()
-    tensor: Tensor = from_dlpack(_native.pool_empty(logits.shape, strides, _DTYPES[logits.dtype]))
-    return tensor
+    return _take(logits, logits.shape, strides)
 
 
 def new_empty(x: Tensor, rows: int, columns: int) -> Tensor:
     """``x.new_empty(rows, columns)``, from the pool as in ``empty_like``."""
     if not _serves(x, rows * columns):
         return x.new_empty(rows, columns)
-    shape, strides = (rows, columns), (columns, 1)
-    tensor: Tensor = from_dlpack(_native.pool_empty(shape, strides, _DTYPES[x.dtype]))
-    return tensor
+    return _take(x, (rows, columns), (columns, 1))
 
 
 def limit() -> int:
@@ -100,6 +97,11 @@ def idle() -> int:
 def release() -> int:
     """Gives all idle memory back to the system, and says how many bytes that were."""
     return _native.pool_release() if _DTYPES else 0
+
+
+def _take(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    tensor: Tensor = from_dlpack(_native.pool_empty(shape, strides, _DTYPES[like.dtype]))
+    return tensor
 
 
 def _serves(x: Tensor, elements: int) -> bool:

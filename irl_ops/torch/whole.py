@@ -32,7 +32,7 @@ def loss_for_later(
     """The loss without a gradient, and what saves ``gradient_later`` a part of its work."""
     if loss_by(backend) is native_loss.loss:
         return native_loss.loss_keeping(call, logits, labels)
-    return loss_by(backend)(call, logits, labels, None, None), (None, None, None)
+    return loss_by(backend)(call, logits, labels, None, None), native_loss.NOTHING
 
 
 def gradient_later(

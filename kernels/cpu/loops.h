@@ -5,7 +5,6 @@
 // Sums run in sixteen lanes, four accumulators each, over blocks of kBlock elements, and from block
 // to block in double: the order depends on nothing but the row's length.
 #define IRL_INLINE static inline __attribute__((always_inline))
-#define IRL_NOT_INLINE __attribute__((noinline)) static
 #define IRL_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace irl {

@@ -209,10 +209,14 @@ def test_each_gradient_is_handed_over_once(compiler: str) -> None:
         assert_gradient(leaf.grad, naive_gradient(lambda x: naive_loss(2 * x, labels), leaf))
     with pytest.raises(RuntimeError, match="backward ran a second time through the same loss"):
         losses[0].backward()
-    if compiler == "eager":  # which keeps the ticket itself
-        return
+    leaf = leaves[0].detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
-        loss = program(leaves[0])
+        loss = program(leaf)
+    if compiler == "eager":  # which keeps the ticket itself: a copy of it claims the same gradient
+        loss.backward()
+        assert leaf.grad is not None
+        assert_gradient(leaf.grad, naive_gradient(lambda x: naive_loss(2 * x, labels), leaf))
+        return
     with pytest.raises(RuntimeError, match="hooks on saved tensors"):
         loss.backward()
 
