@@ -16,13 +16,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from irl_ops import algebra
-from irl_ops.jax import private
+from irl_ops.jax import private, tiles
 from irl_ops.jax.shards import Columns
+from irl_ops.jax.tiles import in_rows, in_tiles
 from irl_ops.kernels import reference
 from irl_ops.readout import Readout
 
 Carry = Any
 Body = Callable[[Carry, Any, int], tuple[Carry, Any]]
+
+
+class Chunk(NamedTuple):
+    """What a pass takes at a time."""
+
+    rows: int
+    tiled: bool = False  # the loop holds matrices in tiles
 
 
 class Layer(NamedTuple):
@@ -32,9 +40,13 @@ class Layer(NamedTuple):
     weight: jax.Array  # [V, D]
     bias: jax.Array | None  # [V]
 
-    def flat(self) -> Layer:
-        """With hidden states ``[N, D]``."""
-        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+    def looped(self, chunk: Chunk) -> Looped:
+        """As the body of a loop over chunks reads it."""
+        hidden, weight = in_rows(self.hidden), self.weight
+        if chunk.tiled:
+            weight = in_tiles(weight)
+            hidden = hidden if chunk.rows % tiles.ROWS else in_tiles(hidden)
+        return Looped(hidden, weight, self.bias)
 
     def alike(self, *others: Any) -> Layer:
         """With types that vary over the axes of a ``shard_map`` that any of these vary over.
@@ -51,29 +63,48 @@ class Layer(NamedTuple):
         )
 
 
+class Looped(NamedTuple):
+    """A layer as a loop holds it, and as the loop's body asks for it."""
+
+    held_hidden: jax.Array  # [N, D] or [N / 8, 8, D]
+    held_weight: jax.Array  # [V, D] or [V / 8, 8, D]
+    bias: jax.Array | None  # [V]
+
+    def hidden(self, start: Any, size: int) -> jax.Array:
+        """``[size, D]``, of the rows of a chunk."""
+        held = self.held_hidden
+        per_tile = 1 if held.ndim == 2 else tiles.ROWS
+        return in_rows(lax.dynamic_slice_in_dim(held, start // per_tile, size // per_tile))
+
+    @property
+    def weight(self) -> jax.Array:
+        """``[V, D]``."""
+        return in_rows(self.held_weight)
+
+
 def _wide(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def logits_of(hidden: jax.Array, layer: Layer) -> jax.Array:
+def logits_of(hidden: jax.Array, layer: Looped) -> jax.Array:
     """The logits of some rows, rounded as those of a dense layer are; neither scaled nor capped."""
     over = (((1,), (1,)), ((), ()))
     x = lax.dot_general(hidden, layer.weight, over, preferred_element_type=hidden.dtype)
     return x if layer.bias is None else x + layer.bias
 
 
-def label_logit(layer: Layer, labels: jax.Array, readout: Readout, chunk: int) -> jax.Array:
+def label_logit(layer: Layer, labels: jax.Array, readout: Readout, chunk: Chunk) -> jax.Array:
     """``q[label]`` by gathered rows of the weight, unrounded; 0 without a label, NaN for a bad one.
 
     Of a chunk at a time too, for the gathered rows are as large as the hidden states.
     """
-    layer, flat, vocab = layer.flat(), labels.reshape(-1), layer.weight.shape[0]
+    seen, flat, vocab = layer.looped(chunk), labels.reshape(-1), layer.weight.shape[0]
 
     def body(carry: None, start: Any, size: int) -> tuple[None, jax.Array]:
-        hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
+        hidden, label = seen.hidden(start, size), lax.dynamic_slice_in_dim(flat, start, size)
         column = jnp.clip(label, 0, vocab - 1)
-        x = jnp.sum(_wide(hidden) * _wide(layer.weight[column]), -1)
-        x = x if layer.bias is None else x + _wide(layer.bias[column])
+        x = jnp.sum(_wide(hidden) * _wide(seen.weight[column]), -1)
+        x = x if seen.bias is None else x + _wide(seen.bias[column])
         q = reference.capped(x, *readout)
         return None, jnp.where(label < 0, 0.0, jnp.where(label >= vocab, jnp.nan, q))
 
@@ -81,18 +112,19 @@ def label_logit(layer: Layer, labels: jax.Array, readout: Readout, chunk: int) -
     return picked.reshape(labels.shape)
 
 
-def backwards(body: Body, carry: Carry, rows: int, chunk: int) -> tuple[Carry, Any]:
+def backwards(body: Body, carry: Carry, rows: int, chunk: Chunk) -> tuple[Carry, Any]:
     """``body(carry, start, size)`` on chunk after chunk, the last first; outputs ``[rows, ...]``.
 
     Rows that fill no chunk are the last ones, and come first.
     """
-    whole, rest = divmod(rows, chunk)
+    size = chunk.rows
+    whole, rest = divmod(rows, size)
     if rest:
-        carry, tail = body(carry, whole * chunk, rest)
+        carry, tail = body(carry, whole * size, rest)
         if not whole:
             return carry, tail
     carry, outputs = lax.scan(
-        lambda carry, i: body(carry, i * chunk, chunk), carry, jnp.arange(whole), reverse=True
+        lambda carry, i: body(carry, i * size, size), carry, jnp.arange(whole), reverse=True
     )
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if rest:
@@ -103,11 +135,15 @@ def backwards(body: Body, carry: Carry, rows: int, chunk: int) -> tuple[Carry, A
 class Sums(NamedTuple):
     """The sums that every chunk adds its part of the gradients to."""
 
-    weight: jax.Array
-    bias: jax.Array | None
+    weight: jax.Array  # [V, D], or as the loop holds the layer's
+    bias: jax.Array | None  # [V]
+
+    def whole(self) -> Sums:
+        """With the weight's ``[V, D]``."""
+        return self._replace(weight=in_rows(self.weight))
 
     @classmethod
-    def zeros(cls, layer: Layer, accumulate: str) -> Sums:
+    def zeros(cls, layer: Looped, accumulate: str) -> Sums:
         """In the weight's dtype for ``accumulate="weight"``, otherwise in float32."""
 
         def like(x: jax.Array) -> jax.Array:
@@ -115,23 +151,23 @@ class Sums(NamedTuple):
 
         bias = None if layer.bias is None else jnp.zeros_like(_wide(layer.bias))
         zeros: Sums = jax.tree.map(
-            lambda x: private.varying(x, layer.hidden), cls(like(layer.weight), bias)
+            lambda x: private.varying(x, layer.held_hidden), cls(like(layer.held_weight), bias)
         )
         return zeros
 
-    def add(self, dx: jax.Array, hidden: jax.Array, layer: Layer) -> tuple[Sums, jax.Array]:
+    def add(self, dx: jax.Array, hidden: jax.Array, layer: Looped) -> tuple[Sums, jax.Array]:
         """With a chunk's, and the gradient of its hidden states."""
         dhidden = lax.dot_general(
             dx, layer.weight, (((1,), (0,)), ((), ())), preferred_element_type=hidden.dtype
         )
         rows, bias = (((0,), (0,)), ((), ())), self.bias
-        weight = self.weight + lax.dot_general(
+        weight = in_rows(self.weight) + lax.dot_general(
             dx, hidden, rows, preferred_element_type=self.weight.dtype
         )
         if bias is not None:  # a product with ones: XLA sums columns slowly
             ones = jnp.ones(dx.shape[:1], dx.dtype)
             bias = bias + lax.dot_general(dx, ones, rows, preferred_element_type=bias.dtype)
-        return Sums(weight, bias), dhidden
+        return Sums(weight.reshape(self.weight.shape), bias), dhidden
 
 
 class Linear:
@@ -142,7 +178,7 @@ class Linear:
         kernels: ModuleType,
         layer: Layer,
         readout: Readout,
-        chunk: int,
+        chunk: Chunk,
         accumulate: str,
         drop: bool,
     ) -> None:
@@ -157,10 +193,10 @@ class Linear:
         self, labels: jax.Array, given: algebra.Coefficients, finish: algebra.Finish
     ) -> tuple[tuple[jax.Array, Sums], algebra.Finished]:
         """The gradients of the layer, and what was finished."""
-        layer, kernels, readout = self.layer.flat(), self.kernels, self.readout.keywords
+        layer, kernels, readout = self.layer.looped(self.chunk), self.kernels, self.readout.keywords
 
         def like(x: jax.Array) -> jax.Array:
-            return private.varying(x, layer.hidden)
+            return private.varying(x, layer.held_hidden)
 
         def body(carry: Carry, start: Any, size: int) -> tuple[Carry, Any]:
             def window(x: Any) -> Any:
@@ -172,7 +208,7 @@ class Linear:
 
             def work(carry: Carry) -> tuple[Carry, Any]:
                 sums, behind = carry
-                hidden = lax.dynamic_slice_in_dim(layer.hidden, start, size)
+                hidden = layer.hidden(start, size)
                 x, label = logits_of(hidden, layer), window(labels)
                 picked = kernels.label_logit(x, label, **readout)
                 # looked at before they are overwritten; see ``scalar_loss.Dense``
@@ -202,7 +238,7 @@ class Linear:
         carry = (Sums.zeros(layer, self.accumulate), nothing)
         (sums, _), (dhidden, done) = backwards(body, carry, labels.size, self.chunk)
         done = jax.tree.map(lambda x: x.reshape(labels.shape), done)
-        return (dhidden.reshape(self.layer.hidden.shape), sums), done
+        return (dhidden.reshape(self.layer.hidden.shape), sums.whole()), done
 
 
 def row_stats(
@@ -211,15 +247,15 @@ def row_stats(
     labels: jax.Array,
     columns: Columns,
     readout: Readout,
-    chunk: int,
+    chunk: Chunk,
     entropy: bool,
 ) -> Any:
     """``(row_max, logsum, label_logit, entropy)`` of every row, over the columns that are here."""
-    layer, flat = layer.flat(), labels.reshape(-1)
+    seen, flat = layer.looped(chunk), labels.reshape(-1)
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
-        hidden, label = (lax.dynamic_slice_in_dim(x, start, size) for x in (layer.hidden, flat))
-        x = columns.masked(logits_of(hidden, layer))
+        hidden, label = seen.hidden(start, size), lax.dynamic_slice_in_dim(flat, start, size)
+        x = columns.masked(logits_of(hidden, seen))
         return None, kernels.row_stats(x, label, entropy, **readout.keywords)
 
     _, stats = backwards(body, None, flat.shape[0], chunk)
@@ -230,7 +266,7 @@ def row_grad(
     kernels: ModuleType,
     layer: Layer,
     readout: Readout,
-    chunk: int,
+    chunk: Chunk,
     accumulate: str,
     drop: bool,
     columns: Columns,
@@ -240,19 +276,18 @@ def row_grad(
 
     The labels are those of the columns that are here. None for b is 0.
     """
-    flat_layer, flat = layer.flat(), [jnp.ravel(x) for x in vectors if x is not None]
+    looped, flat = layer.looped(chunk), [jnp.ravel(x) for x in vectors if x is not None]
     if len(flat) < len(vectors):
         flat.insert(4, jnp.zeros_like(flat[3]))
 
     def body(sums: Sums, start: Any, size: int) -> tuple[Sums, jax.Array]:
-        hidden, *seen = (
-            lax.dynamic_slice_in_dim(x, start, size) for x in (flat_layer.hidden, *flat)
-        )
+        hidden = looped.hidden(start, size)
+        seen = [lax.dynamic_slice_in_dim(x, start, size) for x in flat]
 
         def work(sums: Sums) -> tuple[Sums, jax.Array]:
-            x = columns.masked(logits_of(hidden, flat_layer))
+            x = columns.masked(logits_of(hidden, looped))
             dx = kernels.row_grad(x, *seen, **readout.keywords)
-            return sums.add(dx, hidden, flat_layer)
+            return sums.add(dx, hidden, looped)
 
         if not drop:
             return work(sums)
@@ -265,6 +300,6 @@ def row_grad(
         )
         return made
 
-    sums = Sums.zeros(flat_layer, accumulate)
+    sums = Sums.zeros(looped, accumulate)
     sums, dhidden = backwards(body, sums, flat[0].shape[0], chunk)
-    return dhidden.reshape(layer.hidden.shape), sums
+    return dhidden.reshape(layer.hidden.shape), sums.whole()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from irl_ops.jax.arguments import JaxArguments
-from irl_ops.jax.chunks import Layer
+from irl_ops.jax.chunks import Chunk, Layer
 from irl_ops.jax.linear_loss import Form
 from irl_ops.options import LAYER
 
@@ -69,7 +69,7 @@ class LinearArguments(JaxArguments):
         logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], weight.shape[0]), hidden.dtype)  # type: ignore[no-untyped-call]
         self.check_wide("hidden", hidden)
         rows = math.prod(hidden.shape[:-1])
-        form = Form(min(chunk or CHUNK, rows), accumulate or "float32", "auto")
+        form = Form(Chunk(min(chunk or CHUNK, rows)), accumulate or "float32", "auto")
         return Given(Layer(hidden, weight, bias), form, logits)
 
     def drop_rows(self, options: dict[str, Any]) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from irl_ops import algebra
-from irl_ops.jax import chunks
+from irl_ops.jax import chunks, tiles
 from irl_ops.jax.backends import BACKENDS, dispatch
-from irl_ops.jax.chunks import Layer, Linear, Sums
+from irl_ops.jax.chunks import Chunk, Layer, Linear, Sums
 from irl_ops.jax.linear_sharded import Sharded
 from irl_ops.jax.rows import RowStats, once, row_coefficients
 from irl_ops.jax.scalar_loss import Given, Metrics, transition
@@ -22,7 +25,7 @@ from irl_ops.readout import PLAIN, Readout
 class Form(NamedTuple):
     """What is fixed when a program is compiled."""
 
-    chunk: int
+    chunk: Chunk
     accumulate: str
     backend: str
     readout: Readout = PLAIN
@@ -31,24 +34,38 @@ class Form(NamedTuple):
     metrics: bool = False
 
 
+def dispatch_layer(form: Form, run: Callable[..., Any], layer: Layer, *arrays: Any) -> Any:
+    """``run(kernels, form, layer, *arrays)``; see ``dispatch``.
+
+    With Pallas, loops hold matrices of 16 bits in tiles; see ``irl_ops.jax.tiles``.
+    """
+
+    def by(name: str) -> Callable[..., Any]:
+        plain = functools.partial(run, BACKENDS[name], form)
+        if name != "pallas" or layer.weight.dtype.itemsize != 2:
+            return plain
+        tiled = form._replace(chunk=form.chunk._replace(tiled=True))
+        rows = layer.weight.shape[0], math.prod(layer.hidden.shape[:-1])
+        return tiles.where_whole(rows, functools.partial(run, BACKENDS[name], tiled), plain)
+
+    return dispatch(form.backend, by, layer, *arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def row_stats(
     form: Form, entropy: bool, layer: Layer, labels: jax.Array, columns: Columns
 ) -> RowStats:
     """``(row_max, logsum, label_logit, entropy)``; as ``irl_ops.jax.rows.row_stats``."""
 
-    def by(name: str) -> Any:
-        def run(layer: Layer, labels: jax.Array, columns: Columns) -> Any:
-            kernels = BACKENDS[name]
-            return chunks.row_stats(
-                kernels, layer, labels, columns, form.readout, form.chunk, entropy
-            )
-
-        return run
+    def run(
+        kernels: ModuleType, form: Form, layer: Layer, labels: jax.Array, columns: Columns
+    ) -> Any:
+        how = form.readout, form.chunk, entropy
+        return chunks.row_stats(kernels, layer, labels, columns, *how)
 
     width = layer.weight.shape[0]
     own = columns.own(labels, width)
-    found = dispatch(form.backend, by, layer, own, columns)
+    found = dispatch_layer(form, run, layer, own, columns)
     stats: RowStats = columns.merged(labels, found, width)
     return stats
 
@@ -67,16 +84,11 @@ def _stats_backward(form: Form, entropy: bool, kept: Any, above: RowStats) -> tu
     own = columns.own(labels, layer.weight.shape[0])
     vectors = columns, own, row_max, logsum, *row_coefficients(h, dlogsum, dlabel_logit, dh)
 
-    def by(name: str) -> Any:
-        def run(layer: Layer, *vectors: Any) -> Any:
-            kernels = BACKENDS[name]
-            return chunks.row_grad(
-                kernels, layer, form.readout, form.chunk, form.accumulate, form.drop, *vectors
-            )
+    def run(kernels: ModuleType, form: Form, layer: Layer, *vectors: Any) -> Any:
+        how = form.readout, form.chunk, form.accumulate, form.drop
+        return chunks.row_grad(kernels, layer, *how, *vectors)
 
-        return run
-
-    dhidden, sums = dispatch(form.backend, by, layer, *vectors)
+    dhidden, sums = dispatch_layer(form, run, layer, *vectors)
     return gradient_of(dhidden, sums, 1.0), None, None
 
 
@@ -139,30 +151,28 @@ def _forward(
         td = None if loss.td is None else loss.td / unit
         loss = loss._replace(mle=loss.mle / unit, td=td)
 
-    def by(name: str) -> Any:
-        def run(
-            layer: Layer,
-            given: Given,
-            rows: algebra.Rows,
-            loss: algebra.Objective,
-            own: Rows,
-            columns: Columns,
-        ) -> Any:
-            how = form.readout, form.chunk, form.accumulate, form.drop
-            heads = algebra.Heads(*given, form.detach_next)
-            if own.axis is None and columns.axis is None:
-                over = Linear(BACKENDS[name], layer, *how)
-                out = algebra.loss_and_grad(jnp, over, rows, loss, heads)
-            else:
-                sharded = Sharded(BACKENDS[name], layer, columns, own, *how)
-                out = sharded.loss_and_grad(rows, loss, heads)
-            metrics = out.metrics if form.metrics else None
-            return out.loss, metrics, *out.gradient, (out.dvalues, out.dnext_values)
-
-        return run
+    def run(
+        kernels: ModuleType,
+        form: Form,
+        layer: Layer,
+        given: Given,
+        rows: algebra.Rows,
+        loss: algebra.Objective,
+        own: Rows,
+        columns: Columns,
+    ) -> Any:
+        how = form.readout, form.chunk, form.accumulate, form.drop
+        heads = algebra.Heads(*given, form.detach_next)
+        if own.axis is None and columns.axis is None:
+            out = algebra.loss_and_grad(jnp, Linear(kernels, layer, *how), rows, loss, heads)
+        else:
+            sharded = Sharded(kernels, layer, columns, own, *how)
+            out = sharded.loss_and_grad(rows, loss, heads)
+        metrics = out.metrics if form.metrics else None
+        return out.loss, metrics, *out.gradient, (out.dvalues, out.dnext_values)
 
     arrays = layer, given, rows, loss, own, columns
-    total, metrics, *gradients = dispatch(form.backend, by, *arrays)
+    total, metrics, *gradients = dispatch_layer(form, run, *arrays)
     kept = Kept(*gradients, unit, own, columns)  # type: ignore[call-arg]
     return (total * unit if half else total, metrics), kept
 

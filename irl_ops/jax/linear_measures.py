@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 from typing import Any
 
@@ -11,9 +12,8 @@ from jax import lax
 
 from irl_ops.call import StatsCall
 from irl_ops.jax import measures
-from irl_ops.jax.backends import BACKENDS, dispatch
 from irl_ops.jax.chunks import Layer, Sums, backwards, logits_of
-from irl_ops.jax.linear_loss import Form, gradient_of
+from irl_ops.jax.linear_loss import Form, dispatch_layer, gradient_of
 from irl_ops.jax.measures import View
 from irl_ops.jax.program import computed_in
 from irl_ops.jax.rows import once
@@ -42,11 +42,9 @@ def row_measures(
 ) -> RowMeasures:
     """As ``irl_ops.jax.measures.row_measures``, of the layer's logits."""
 
-    def by(name: str) -> Any:
-        return functools.partial(_measures, BACKENDS[name], form, wanted)
-
     own, width = columns.own(ids, layer.weight.shape[0]), layer.weight.shape[0]
-    found = dispatch(form.backend, by, layer, own, view, columns)
+    run = functools.partial(_measures, wanted)
+    found = dispatch_layer(form, run, layer, own, view, columns)
     whole: RowMeasures = columns.merged_measures(ids, found, width)
     return whole
 
@@ -69,13 +67,10 @@ def _backward(
 ) -> tuple[Any, ...]:
     layer, ids, view, columns, found = saved
 
-    def by(name: str) -> Any:
-        return functools.partial(_gradients, BACKENDS[name], form)
-
     own = columns.own(ids, layer.weight.shape[0])
     slopes = measures.slopes_of(found, above, columns)
     given = (layer, own, found.row_max, found.logsum, slopes, view, columns)
-    dhidden, sums = dispatch(form.backend, by, *given)
+    dhidden, sums = dispatch_layer(form, _gradients, *given)
     return gradient_of(dhidden, sums, 1.0), None, None, None
 
 
@@ -83,24 +78,24 @@ row_measures.defvjp(_forward, _backward)
 
 
 def _measures(
+    wanted: tuple[str, ...],
     kernels: ModuleType,
     form: Form,
-    wanted: tuple[str, ...],
     layer: Layer,
     ids: jax.Array,
     view: View,
     columns: Columns,
 ) -> RowMeasures:
-    flat, shape = layer.flat(), ids.shape[:-1]
+    looped, shape = layer.looped(form.chunk), ids.shape[:-1]
     seen = _rows(len(shape), (ids, view))
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
-        hidden, (ids, view) = _window((flat.hidden, seen), start, size)
-        x = columns.masked(logits_of(hidden, flat))
+        hidden, (ids, view) = looped.hidden(start, size), _window(seen, start, size)
+        x = columns.masked(logits_of(hidden, looped))
         found = kernels.row_measures(x, ids, wanted, **view._asdict(), **form.readout.keywords)
         return None, found
 
-    _, found = backwards(body, None, flat.hidden.shape[0], form.chunk)
+    _, found = backwards(body, None, math.prod(shape), form.chunk)
     measured: RowMeasures = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found)
     return measured
 
@@ -116,18 +111,18 @@ def _gradients(
     view: View,
     columns: Columns,
 ) -> tuple[jax.Array, Sums]:
-    flat = layer.flat()
+    looped = layer.looped(form.chunk)
     seen = _rows(ids.ndim - 1, (ids, row_max, logsum, slopes, view))
 
     def body(sums: Sums, start: Any, size: int) -> tuple[Sums, jax.Array]:
-        hidden, (*given, view) = _window((flat.hidden, seen), start, size)
-        x = columns.masked(logits_of(hidden, flat))
+        hidden, (*given, view) = looped.hidden(start, size), _window(seen, start, size)
+        x = columns.masked(logits_of(hidden, looped))
         dx = kernels.row_measures_grad(x, *given, **view._asdict(), **form.readout.keywords)
-        return sums.add(dx, hidden, flat)
+        return sums.add(dx, hidden, looped)
 
-    sums = Sums.zeros(flat, form.accumulate)
-    sums, dhidden = backwards(body, sums, flat.hidden.shape[0], form.chunk)
-    return dhidden.reshape(layer.hidden.shape), sums
+    sums = Sums.zeros(looped, form.accumulate)
+    sums, dhidden = backwards(body, sums, row_max.size, form.chunk)
+    return dhidden.reshape(layer.hidden.shape), sums.whole()
 
 
 def _rows(axes: int, arrays: Any) -> Any:

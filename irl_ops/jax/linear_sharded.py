@@ -18,7 +18,7 @@ from jax import lax
 
 from irl_ops import algebra
 from irl_ops.jax import chunks, private
-from irl_ops.jax.chunks import Layer, Sums
+from irl_ops.jax.chunks import Chunk, Layer, Sums
 from irl_ops.jax.shards import Columns, Rows
 from irl_ops.readout import Readout
 
@@ -31,7 +31,7 @@ class Sharded(NamedTuple):
     columns: Columns
     own: Rows
     readout: Readout
-    chunk: int
+    chunk: Chunk
     accumulate: str
     drop: bool
 
@@ -77,9 +77,9 @@ class Sharded(NamedTuple):
             return None
         first = self.layer._replace(hidden=self.layer.hidden[..., :1, :])
         nobody = jnp.full_like(labels[..., :1], algebra.NO_LABEL)
-        size = min(self.chunk, nobody.size)
+        chunk = Chunk(min(self.chunk.rows, nobody.size))
         found = chunks.row_stats(
-            self.kernels, first, nobody, self.columns, self.readout, size, False
+            self.kernels, first, nobody, self.columns, self.readout, chunk, False
         )
         row_max, logsum, *_ = self.columns.merged(nobody, found, first.weight.shape[0])
         every = private.gather(row_max + logsum, self.own.axis)
@@ -90,7 +90,7 @@ class Sharded(NamedTuple):
         return jnp.broadcast_to(last, shape), jnp.broadcast_to(beyond, shape)
 
     def _pass(self, labels: jax.Array, given: algebra.Coefficients, finish: Any) -> Any:
-        layer, kernels, readout = self.layer.flat(), self.kernels, self.readout.keywords
+        layer, kernels, readout = self.layer.looped(self.chunk), self.kernels, self.readout.keywords
         entropy = given.entropy_weight is not None
 
         def body(carry: Any, start: Any, size: int) -> tuple[Any, Any]:
@@ -98,7 +98,7 @@ class Sharded(NamedTuple):
                 return lax.dynamic_slice_in_dim(x.reshape(-1), start, size)
 
             sums, behind = carry
-            hidden = lax.dynamic_slice_in_dim(layer.hidden, start, size)
+            hidden = layer.hidden(start, size)
             label = window(labels)
             own = self.columns.own(label, layer.weight.shape[0])
             needed = jnp.any(window(given.alpha) != algebra.UNREAD)
@@ -136,4 +136,4 @@ class Sharded(NamedTuple):
         carry = (Sums.zeros(layer, self.accumulate), nothing)
         (sums, _), (dhidden, stats) = chunks.backwards(body, carry, labels.size, self.chunk)
         stats = jax.tree.map(lambda x: x.reshape(labels.shape), stats)
-        return (dhidden.reshape(self.layer.hidden.shape), sums), stats
+        return (dhidden.reshape(self.layer.hidden.shape), sums.whole()), stats
