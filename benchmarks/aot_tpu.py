@@ -8,9 +8,9 @@ and outputs, and by its cost model how many bytes it moves. The command fails wh
 - a step moves over 1 % and 4 KiB a row more than the best of the plain jnp forms beside it (with
   kernels on v7x over 28 % in float32, and over a third where D is 1024), or takes over 5 % more
   memory,
-- a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them (on
-  v7x also the weight and its gradient), or has other than three matrix products in the body of a
-  loop over chunks,
+- a last layer whose logits are never stored takes more memory than a chunk and 0.5 % of them, or
+  has other than three matrix products in the body of a loop over chunks (with a loss per token,
+  whose gradient comes later, one in a first loop and three in a second),
 - on 256 chips that shard data, sequence and vocabulary, a loss sends more than its labels and
   three numbers per row along an axis (a last layer also the sums of its two gradients), or
 - a gradient on its own takes memory, or moves more than one read and one write of the logits and
@@ -48,6 +48,7 @@ VOCABS = (32000, 50257, 128256, 151936, 262144)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 NARROW = 16  # columns of hidden where the gradient is alone, and the matmul beside the point
 FORMS = ("pallas", "selecting", "gathering")
+REDUCTIONS = {"mean": 3, "none": 4}  # of logits that are never stored; matrix products in loops
 MESHES, LOSSES = ("v5e", "v5p"), ("dense", "linear")  # with 256 chips
 CLOCKS = {
     "v4": 1.05,
@@ -93,9 +94,10 @@ class Chunked(NamedTuple):
     """Of a last layer whose logits are never stored, on one generation."""
 
     generation: str
+    reduction: str
     temporaries: float  # in multiples of the logits
     chunk: float  # likewise
-    products: float  # in the body of the loop
+    products: float  # in the bodies of loops
     problems: list[str]
 
 
@@ -173,19 +175,19 @@ def run(job: Job) -> Result:
     )
 
 
-def chunked(on: str) -> Chunked:
+def chunked(on: str, reduction: str) -> Chunked:
     """Compiles and judges."""
     import tpu_programs as programs
 
-    chunk, found, problems = programs.CHUNK / programs.ROWS, programs.linear(on), []
-    # v7x's compiler copies what a loop reads and adds to; so it does in a loop of bare products
-    copies = 2 * programs.DEEP / programs.ROWS if on == "v7x" else 0
-    if found.temporaries > chunk + copies + 0.005:
+    chunk, found, problems = programs.CHUNK / programs.ROWS, programs.linear(on, reduction), []
+    if found.temporaries > chunk + 0.005:
         problems.append("memory")
-    # three products, and a few operations for each of the chunk's logits
-    if not 3 <= found.products <= 3 + 32 / programs.DEEP:
+    # and a few operations for each of the chunk's logits
+    products = REDUCTIONS[reduction]
+    if not products <= found.products <= products + 48 / programs.DEEP:
         problems.append("products")
-    return Chunked(on, round(found.temporaries, 4), chunk, round(found.products, 3), problems)
+    memory, found_products = round(found.temporaries, 4), round(found.products, 3)
+    return Chunked(on, reduction, memory, chunk, found_products, problems)
 
 
 def meshed(on: str, form: str) -> Meshed:
@@ -255,12 +257,12 @@ def _beside(values: dict[str, float]) -> str:
 
 def chunked_table(found: Sequence[Chunked]) -> Table:
     table = Table(title="Logits that are never stored, in multiples of them")
-    for heading in ("TPU", "memory", "a chunk", "products", ""):
+    for heading in ("TPU", "reduction", "memory", "a chunk", "products", ""):
         table.add_column(heading)
     for c in found:
         verdict = "[red]" + "; ".join(c.problems) if c.problems else "[green]ok"
-        cells = (c.generation, f"{c.temporaries:.4f}", f"{c.chunk:.4f}", f"{c.products:.3f}")
-        table.add_row(*cells, verdict)
+        numbers = (f"{c.temporaries:.4f}", f"{c.chunk:.4f}", f"{c.products:.3f}")
+        table.add_row(c.generation, c.reduction, *numbers, verdict)
     return table
 
 
@@ -337,7 +339,9 @@ def main() -> int:
     with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
         loops = [pool.submit(schedules, *pair) for pair in pairs]
         results = list(pool.map(run, jobs))
-        layers = [] if chosen.no_chunks else list(pool.map(chunked, chosen.generations))
+        chunks = [] if chosen.no_chunks else chosen.generations
+        queued = [pool.submit(chunked, on, reduction) for on in chunks for reduction in REDUCTIONS]
+        layers = [future.result() for future in queued]
         asked = [] if chosen.no_meshes else [x for x in MESHES if x in chosen.generations]
         pending = [pool.submit(meshed, on, form) for on in asked for form in LOSSES]
         meshes = [future.result() for future in pending]

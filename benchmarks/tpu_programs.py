@@ -63,10 +63,10 @@ class Chunked(NamedTuple):
     """What the compiler says of a loss in chunks."""
 
     temporaries: float  # in multiples of the logits
-    products: float  # in a chunk: the operations of one body of the loop
+    products: float  # the operations of one chunk in every loop
 
 
-def linear(on: str) -> Chunked:
+def linear(on: str, reduction: str) -> Chunked:
     """Loss and gradients of a last layer in bfloat16, whose logits are never stored."""
     sharding = SingleDeviceSharding(topology(on).devices[0])
 
@@ -76,7 +76,10 @@ def linear(on: str) -> Chunked:
     given = like(BATCH, ROWS // BATCH, DEEP), like(TALL, DEEP)
     labels = like(BATCH, ROWS // BATCH, dtype="int32")
     options = dict(lam=LAM, gamma=GAMMA, chunk_size=CHUNK, accumulate="weight")
-    loss = functools.partial(irl.linear_iqlearn_loss, **options)
+
+    def loss(*layer: jax.Array) -> jax.Array:
+        return irl.linear_iqlearn_loss(*layer, reduction=reduction, **options).sum()
+
     executable = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*given, labels).compile()
     return Chunked(
         executable.memory_analysis().temp_size_in_bytes / (ROWS * TALL * 2),

@@ -62,7 +62,8 @@ def operation(
         return [_varying(x, given) for x in out]
 
     def eager(*given: Any, **static: Any) -> list[jax.Array]:
-        out: list[jax.Array] = jax.jit(functools.partial(made.bind, **static))(*given)
+        with jax.disable_jit(False):  # it is a program, also where others are not wanted to be
+            out: list[jax.Array] = jax.jit(functools.partial(made.bind, **static))(*given)
         return out
 
     def batched(given: Any, axes: Any, **static: Any) -> tuple[list[jax.Array], list[int]]:

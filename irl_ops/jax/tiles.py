@@ -10,7 +10,6 @@ would be sent around. How many devices there are is known when a program is lowe
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +52,9 @@ def where_whole(rows: tuple[int, ...], tiled: Function, plain: Function) -> Func
     return run
 
 
-def _eager(*arrays: Any, **chosen: Any) -> list[jax.Array]:
-    found: list[jax.Array] = jax.jit(functools.partial(_chosen.bind, **chosen))(*arrays)
+def _eager(*arrays: Any, plain: Any, **_: Any) -> list[jax.Array]:
+    """Under ``jax.disable_jit``."""
+    found: list[jax.Array] = jaxpr_as_fun(plain)(*arrays)
     return found
 
 

@@ -34,8 +34,12 @@ def test_jit_and_eager(backend: str, reduction: str) -> None:
         out = loss(backend, reduction=reduction)(logits, LABELS)
         return out / WANTED.metrics["tokens"] if reduction == "none" else out
 
+    def unjitted(logits: Any) -> Any:
+        with jax.disable_jit():
+            return gradient(logits)
+
     gradient = jax.value_and_grad(lambda q: total(q).sum())
-    for run in (gradient, jax.jit(gradient)):
+    for run in (gradient, jax.jit(gradient), unjitted):
         value, dlogits = run(LOGITS)
         close(value, WANTED.loss)
         close(dlogits, WANTED.dlogits)
