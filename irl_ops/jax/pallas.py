@@ -6,8 +6,7 @@ time. A program exported without devices gets what fits every generation. On a C
 interpreted, as they would be compiled for ``INTERPRETED_AS``.
 
 XLA's own code serves where V is no multiple of 128, since XLA lays out such logits by columns, and
-a kernel, which wants them by rows, would wait for a copy; for statistics and gradient in float32 on
-v7x, where a program with a kernel moves a quarter more bytes; and in programs that XLA partitions
+a kernel, which wants them by rows, would wait for a copy; and in programs that XLA partitions
 over several TPUs, since libtpu partitions no kernels. Inside ``shard_map`` rows are parted already.
 """
 
