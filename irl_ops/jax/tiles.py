@@ -35,9 +35,10 @@ def in_rows(x: jax.Array) -> jax.Array:
 
 
 def where_whole(rows: tuple[int, ...], tiled: Function, plain: Function) -> Function:
-    """``tiled`` in programs whose devices have whole tiles of so many rows each, else ``plain``.
+    """``tiled`` in programs whose devices can share the tiles of so many rows, else ``plain``.
 
-    Both take and return arrays of the same types.
+    Rows that have no whole tiles on one device are not in tiles anyway. Both functions take and
+    return arrays of the same types.
     """
     if private.missing() is not None:
         return plain
@@ -68,7 +69,8 @@ def _batched(arrays: Any, axes: Any, *, rows: Any, **chosen: Any) -> tuple[list[
 
 
 def _lower(ctx: Any, *arrays: Any, rows: tuple[int, ...], tiled: Any, plain: Any) -> Any:
-    whole = all(x % (ROWS * private.partitions(ctx)) == 0 for x in rows)
+    devices = private.partitions(ctx)
+    whole = all(x % ROWS or x // ROWS % devices == 0 for x in rows)
     run = jaxpr_as_fun(tiled if whole else plain)
     return mlir.lower_fun(run, multiple_results=True)(ctx, *arrays)
 

@@ -37,7 +37,7 @@ GENERATIONS = (
     Generation("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 820, DTYPES),
     Generation("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 1230, DTYPES),
     Generation("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 1640, DTYPES),
-    Generation("v7x", ("TPU7x", "TPU7"), 64 * MIB, 3700, ()),
+    Generation("v7x", ("TPU7x", "TPU7"), 64 * MIB, 3700, ("float32",)),
 )
 SMALLEST = GENERATIONS[0]  # what fits in it fits in all
 

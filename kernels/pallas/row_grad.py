@@ -87,16 +87,19 @@ def row_grad_in_xla(
 ) -> jax.Array:
     """The same without a kernel, for XLA to compute inside whatever reads the gradient.
 
-    As few operations as there can be: one selection more (q = -inf), and XLA on v5e computes it
-    once for every matmul that reads it, and stores it as well. With a term of B more, XLA on v7x
-    stores the gradient of narrow hidden states too.
+    As little as there can be: with one operation more, or with a fifth array of a number per row,
+    XLA computes it once for every matmul that reads it, and stores it as well.
     """
     cap = Softcap(logit_scale, softcap)
-    row = softmax.Rows.of(
-        row_max[..., None], logsum[..., None], a[..., None], None if b is None else b[..., None]
-    )
     q = cap.logits(logits.astype(jnp.float32))
-    g = softmax.gradient(q, row)
+    if b is None:
+        live = a != 0.0
+        scale = jnp.where(live, a * jnp.exp(-jnp.where(logsum == -softmax.INF, 0.0, logsum)), 0.0)
+        e = jnp.exp(q - softmax.origin_of(row_max)[..., None])
+        g = jnp.where(e < softmax.INF, e, 0.0) * scale[..., None]  # NaN in rows that are not live
+    else:
+        row = softmax.Rows.of(*(x[..., None] for x in (row_max, logsum, a, b)))
+        g = softmax.gradient(q, row)
     at_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
     return cap.behind(jnp.where(at_label, g + c[..., None], g), q).astype(logits.dtype)
 

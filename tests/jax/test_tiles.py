@@ -63,7 +63,7 @@ def test_the_numbers_are_the_same(
 
 def test_one_of_several_devices_has_whole_tiles_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one device five tiles are whole, on 5 there is one each, and 2 cannot share them."""
-    run = tiles.where_whole((VOCAB,), lambda x: in_out(tiles.in_tiles(x)), in_out)
+    run = tiles.where_whole((VOCAB, 7), lambda x: in_out(tiles.in_tiles(x)), in_out)
     for devices, whole in ((1, {5}), (5, {5}), (2, set())):
         monkeypatch.setattr(private, "partitions", lambda _, n=devices: n)
         assert held(jax.jit(lambda x: run(x)).lower(WEIGHT).as_text()) == whole
