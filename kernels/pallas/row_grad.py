@@ -87,8 +87,8 @@ def row_grad_in_xla(
 ) -> jax.Array:
     """The same without a kernel, for XLA to compute inside whatever reads the gradient.
 
-    As little as there can be: with one operation more, or with a fifth array of a number per row,
-    XLA computes it once for every matmul that reads it, and stores it as well.
+    As little as there can be, from four numbers per row: with a fifth, XLA on v7x stores it as
+    well, and with one selection more on v5e too.
     """
     cap = Softcap(logit_scale, softcap)
     q = cap.logits(logits.astype(jnp.float32))

@@ -31,7 +31,7 @@ def compile_for(generation: str, *options: str) -> str:
     ("generation", "vocab", "dtype", "width"),
     [
         ("v4", 50257, "bf16", 2048),
-        ("v7x", 32000, "fp32", 2048),  # with one operation more the gradient is stored
+        ("v7x", 32000, "fp32", 2048),  # from five numbers per row the gradient is stored
         ("v7x", 50257, "bf16", 1024),  # with a term of B, however zero, the gradient is stored
     ],
 )
