@@ -80,5 +80,6 @@ _chosen.multiple_results = True
 _chosen.def_impl(_eager)
 _chosen.def_abstract_eval(lambda *_, plain, **__: plain.out_avals)
 batching.primitive_batchers[_chosen] = _batched
-private.lower_with_devices(_chosen)
-mlir.register_lowering(_chosen, _lower)
+if private.missing() is None:
+    private.lower_with_devices(_chosen)
+    mlir.register_lowering(_chosen, _lower)
