@@ -175,15 +175,15 @@ def chunked(on: str, reduction: str) -> Chunked:
     """Compiles and judges."""
     import tpu_programs as programs
 
-    chunk, found, problems = programs.CHUNK / programs.ROWS, programs.linear(on, reduction), []
+    chunk, products, problems = programs.CHUNK / programs.ROWS, REDUCTIONS[reduction], []
+    found = programs.linear(on, reduction)
     if found.temporaries > chunk + 0.005:
         problems.append("memory")
     # and a few operations for each of the chunk's logits
-    products = REDUCTIONS[reduction]
-    if not products <= found.products <= products + 48 / programs.DEEP:
+    if not products <= found.products <= products + 32 / programs.DEEP:
         problems.append("products")
-    memory, found_products = round(found.temporaries, 4), round(found.products, 3)
-    return Chunked(on, reduction, memory, chunk, found_products, problems)
+    counts = round(found.temporaries, 4), chunk, round(found.products, 3)
+    return Chunked(on, reduction, *counts, problems)
 
 
 def meshed(on: str, form: str) -> Meshed:
