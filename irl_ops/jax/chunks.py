@@ -98,13 +98,13 @@ def label_logit(layer: Layer, labels: jax.Array, readout: Readout, chunk: Chunk)
 
     Of a chunk at a time too, for the gathered rows are as large as the hidden states.
     """
-    seen, flat, vocab = layer.looped(chunk), labels.reshape(-1), layer.weight.shape[0]
+    looped, flat, vocab = layer.looped(chunk), labels.reshape(-1), layer.weight.shape[0]
 
     def body(carry: None, start: Any, size: int) -> tuple[None, jax.Array]:
-        hidden, label = seen.hidden(start, size), lax.dynamic_slice_in_dim(flat, start, size)
+        hidden, label = looped.hidden(start, size), lax.dynamic_slice_in_dim(flat, start, size)
         column = jnp.clip(label, 0, vocab - 1)
-        x = jnp.sum(_wide(hidden) * _wide(seen.weight[column]), -1)
-        x = x if seen.bias is None else x + _wide(seen.bias[column])
+        x = jnp.sum(_wide(hidden) * _wide(looped.weight[column]), -1)
+        x = x if looped.bias is None else x + _wide(looped.bias[column])
         q = reference.capped(x, *readout)
         return None, jnp.where(label < 0, 0.0, jnp.where(label >= vocab, jnp.nan, q))
 
@@ -251,11 +251,11 @@ def row_stats(
     entropy: bool,
 ) -> Any:
     """``(row_max, logsum, label_logit, entropy)`` of every row, over the columns that are here."""
-    seen, flat = layer.looped(chunk), labels.reshape(-1)
+    looped, flat = layer.looped(chunk), labels.reshape(-1)
 
     def body(carry: None, start: Any, size: int) -> tuple[None, Any]:
-        hidden, label = seen.hidden(start, size), lax.dynamic_slice_in_dim(flat, start, size)
-        x = columns.masked(logits_of(hidden, seen))
+        hidden, label = looped.hidden(start, size), lax.dynamic_slice_in_dim(flat, start, size)
+        x = columns.masked(logits_of(hidden, looped))
         return None, kernels.row_stats(x, label, entropy, **readout.keywords)
 
     _, stats = backwards(body, None, flat.shape[0], chunk)
